@@ -1,0 +1,133 @@
+// The arithmetic of the project, once: the CPU kernels instantiate it with SIMD vectors, the CUDA
+// kernels with float. Torch-free.
+//
+//   y = act((x - mean) * scale + bias + residual),   scale = weight / sqrt(var + eps)
+//
+// `T` is float, double, or a GCC/Clang vector of them; a comparison then gives a bool or a lane
+// mask, and `?:` selects on either.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define FROZEN_BN_INLINE __host__ __device__ __forceinline__
+#else
+#define FROZEN_BN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace frozen_bn {
+
+// The order is that of ACTIVATIONS in frozen_bn/ops.py.
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish };
+constexpr int64_t kActivations = 6;
+
+// Piecewise-linear: the gradient needs one bit an element.
+constexpr bool needs_mask(Activation a) {
+  return a == Activation::kRelu || a == Activation::kRelu6 || a == Activation::kLeakyRelu;
+}
+
+// Smooth: the gradient needs the pre-activation, so the input (and the residual) again.
+constexpr bool needs_input(Activation a) {
+  return a == Activation::kSilu || a == Activation::kHardswish;
+}
+
+// The backward pass sees no difference between activations that block a gradient alike.
+constexpr Activation gradient_kind(Activation a) {
+  return a == Activation::kRelu6 ? Activation::kRelu : a;
+}
+
+// Anonymous, because the CPU kernels compile this file once an instruction set: merged by the
+// linker, a machine could be handed another machine's instructions.
+namespace {
+
+template <class T>
+FROZEN_BN_INLINE T constant(float value) {
+  return T{} + value;
+}
+
+// A struct, so that SIMD vectors can add theirs wherever it is declared.
+template <class T>
+struct Exponential;
+template <>
+struct Exponential<float> {
+  FROZEN_BN_INLINE static float of(float x) {
+    return ::expf(x);
+  }
+};
+
+template <class T>
+FROZEN_BN_INLINE T inverse_std(T var, T eps) {
+  return T(1) / std::sqrt(var + eps);
+}
+
+// Subtracting first keeps the digits that `x * scale + shift` loses when the mean is large.
+template <class T>
+FROZEN_BN_INLINE T normalize(T x, T mean, T scale, T bias) {
+  return (x - mean) * scale + bias;
+}
+
+// NaN passes through every activation, as in torch.
+template <Activation kAct, class T>
+FROZEN_BN_INLINE T activate(T z, T negative_slope) {
+  if constexpr (kAct == Activation::kRelu) {
+    return z < T{} ? T{} : z;
+  } else if constexpr (kAct == Activation::kRelu6) {
+    const T six = constant<T>(6.0f);
+    return z < T{} ? T{} : (z > six ? six : z);
+  } else if constexpr (kAct == Activation::kLeakyRelu) {
+    return z > T{} ? z : z * negative_slope;
+  } else if constexpr (kAct == Activation::kSilu) {
+    return z / (constant<T>(1.0f) + Exponential<T>::of(-z));
+  } else if constexpr (kAct == Activation::kHardswish) {
+    const T sixth = constant<T>(1.0f) / constant<T>(6.0f);
+    return z * activate<Activation::kRelu6>(z + constant<T>(3.0f), T{}) * sixth;
+  } else {
+    return z;
+  }
+}
+
+// The lanes that the gradient does not pass unchanged: a mask bit an element.
+template <Activation kAct, class T>
+FROZEN_BN_INLINE auto blocked(T z) {
+  if constexpr (kAct == Activation::kRelu6) {
+    return (z <= T{}) | (z >= constant<T>(6.0f));
+  } else {
+    return z <= T{};
+  }
+}
+
+// d act / d z of the smooth activations, with torch's values at the kinks of hardswish.
+template <Activation kAct, class T>
+FROZEN_BN_INLINE T derivative(T z) {
+  const T one = constant<T>(1.0f);
+  if constexpr (kAct == Activation::kSilu) {
+    const T sigmoid = one / (one + Exponential<T>::of(-z));
+    return sigmoid * (one + z * (one - sigmoid));
+  } else {
+    const T three = constant<T>(3.0f);
+    const T ramp = z / three + constant<T>(0.5f);
+    return z < -three ? T{} : (z <= three ? ramp : one);
+  }
+}
+
+// Calls f with the activation as a compile-time constant.
+template <class F>
+void dispatch_activation(Activation activation, F f) {
+  switch (activation) {
+#define FROZEN_BN_CASE(A) \
+  case Activation::A:     \
+    return f(std::integral_constant<Activation, Activation::A>{})
+    FROZEN_BN_CASE(kNone);
+    FROZEN_BN_CASE(kRelu);
+    FROZEN_BN_CASE(kRelu6);
+    FROZEN_BN_CASE(kLeakyRelu);
+    FROZEN_BN_CASE(kSilu);
+    FROZEN_BN_CASE(kHardswish);
+#undef FROZEN_BN_CASE
+  }
+}
+
+}  // namespace
+}  // namespace frozen_bn

@@ -1,0 +1,173 @@
+// The input checks of both backends. frozen_bn/checks.py says the same, in the same words, for the
+// paths that do not come here. A failed check throws before anything is written.
+#pragma once
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "affine.h"
+#include "tensors.h"
+
+namespace frozen_bn {
+
+// Rows of the coefficients tensor, [kRows, C] in the dtype of the arithmetic: all that the
+// backward needs of the channels, safe from later changes to the buffers that it came from.
+enum CoefficientRow : int64_t { kMean, kScale, kBias, kInvStd, kRows };
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "frozen_bn::";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const int64_t* sizes, size_t dim) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t d = 0; d < dim; ++d) text << (d ? ", " : "") << sizes[d];
+  text << "]";
+  return text.str();
+}
+
+inline std::string shape_text(const Tensor& t) {
+  return shape_text(t.sizes().data(), t.dim());
+}
+
+inline std::string dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Half ||
+      dtype == ScalarType::BFloat16 || dtype == ScalarType::Double;
+}
+
+inline std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  const std::string index = std::to_string(t.get_device_index());
+  return (t.is_cuda() ? "cuda:" : "device:") + index;
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t) {
+  if (!is_supported(t.scalar_type())) {
+    fail(op, ": expected ", name, " to be float16, bfloat16, float32 or float64, but got ",
+         dtype_text(t.scalar_type()));
+  }
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+  if (t.device() != input.device()) {
+    fail(op, ": expected ", name, " to be on ", device_text(input), ", but got ", device_text(t));
+  }
+}
+
+inline void check_rank(const char* op, const char* name, const Tensor& t) {
+  if (t.dim() < 2) {
+    fail(op, ": expected ", name, " to have at least 2 dimensions, but got shape ", shape_text(t));
+  }
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  const auto expected = like.sizes(), got = t.sizes();
+  if (!(got.size() == expected.size() && std::equal(got.begin(), got.end(), expected.begin()))) {
+    fail(op, ": expected ", name, " to have shape ", shape_text(like), ", but got ", shape_text(t));
+  }
+}
+
+// A tensor that has to match `input` in everything but strides.
+inline void check_like(
+    const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& input) {
+  if (!t) return;
+  check_shape(op, name, *t, input);
+  if (t->scalar_type() != input.scalar_type()) {
+    fail(op, ": expected ", name, " to be ", dtype_text(input.scalar_type()), ", but got ",
+         dtype_text(t->scalar_type()));
+  }
+  check_device(op, name, *t, input);
+}
+
+inline void check_channel_vector(
+    const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& input) {
+  if (!t) return;
+  const int64_t channels = input.size(1);
+  if (t->dim() != 1 || t->size(0) != channels) {
+    fail(op, ": expected ", name, " to have shape ", shape_text(&channels, 1), ", but got ",
+         shape_text(*t));
+  }
+  check_dtype(op, name, *t);
+  check_device(op, name, *t, input);
+}
+
+inline void check_coefficients(const char* op, const Tensor& t, const Tensor& grad_output) {
+  const int64_t expected[] = {kRows, grad_output.size(1)};
+  if (t.dim() != 2 || t.size(0) != expected[0] || t.size(1) != expected[1]) {
+    fail(op, ": expected coefficients to have shape ", shape_text(expected, 2), ", but got ",
+         shape_text(t));
+  }
+  check_device(op, "coefficients", t, grad_output);
+}
+
+inline void check_mask(const char* op, const std::optional<Tensor>& t, const Tensor& grad_output) {
+  const int64_t bytes = (grad_output.numel() + 7) / 8;
+  if (!t) fail(op, ": expected mask, but got None");
+  if (t->scalar_type() != ScalarType::Byte || t->numel() != bytes) {
+    fail(op, ": expected mask to be uint8 of shape ", shape_text(&bytes, 1), ", but got ",
+         dtype_text(t->scalar_type()), " of shape ", shape_text(*t));
+  }
+  check_device(op, "mask", *t, grad_output);
+}
+
+inline const std::vector<int64_t>& check_strides(
+    const char* op, const std::vector<int64_t>& strides, const Tensor& grad_output) {
+  const auto sizes = grad_output.sizes();
+  if (strides.size() != sizes.size() ||
+      !dense_layout(sizes.size(), sizes.data(), strides.data())) {
+    fail(op, ": expected strides to lay out shape ", shape_text(grad_output),
+         " without gaps, but got ", shape_text(strides.data(), strides.size()));
+  }
+  return strides;
+}
+
+// Writing in place to an element that stands for several would write it several times.
+inline void check_not_expanded(const char* op, const char* name, const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.stride(d) == 0 && t.size(d) > 1) {
+      fail(op, ": expected ", name, " not to be expanded in memory, but got strides ",
+           shape_text(t.strides().data(), t.dim()));
+    }
+  }
+}
+
+inline Activation check_activation(const char* op, int64_t activation) {
+  if (activation < 0 || activation >= kActivations) {
+    fail(op, ": expected activation to be a code from 0 to ", kActivations - 1, ", but got ",
+         activation);
+  }
+  return static_cast<Activation>(activation);
+}
+
+inline void check_eps(const char* op, double eps) {
+  if (!(eps >= 0 && std::isfinite(eps))) {
+    fail(op, ": expected eps to be finite and >= 0, but got ", eps);
+  }
+}
+
+}  // namespace frozen_bn

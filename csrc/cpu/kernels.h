@@ -1,0 +1,78 @@
+// What the CPU operators hand to the kernels, and the kernels there are: one set for each
+// instruction set, chosen at run time. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "../affine.h"
+#include "../dtype.h"
+#include "../layout.h"
+
+namespace frozen_bn::cpu {
+
+// Rows of channel coefficients, in float (double for a double input). Where `period` is not 0,
+// they have been spread over the flat storage instead: entry j belongs to the elements i with
+// i % period == j, and the first kMaxLanes entries are repeated at the end, so that a pack can
+// start anywhere.
+struct Coefficients {
+  const void* mean;
+  const void* scale;
+  const void* bias;
+  int64_t period;
+};
+constexpr int64_t kMaxLanes = 16;
+
+// Ranges of flat elements that one thread works on start at multiples of this.
+constexpr int64_t kRangeAlignment = 64;
+
+// A pack of the kernels spans at most two channels when `inner` is at least this; below it, the
+// coefficients are spread.
+constexpr int64_t kMinInner = kMaxLanes;
+
+struct ForwardParams {
+  const void* input;
+  const void* residual;  // or null
+  void* output;
+  uint8_t* mask;  // or null; bit i % 8 of byte i / 8 is set where the gradient is blocked
+  Layout layout;
+  Coefficients coefficients;
+  double negative_slope;
+  bool stream;
+};
+
+struct BackwardParams {
+  const void* grad_output;
+  const uint8_t* mask;   // piecewise-linear activations
+  const void* input;     // smooth activations, weight gradients; or null
+  const void* residual;  // smooth activations; or null
+  void* grad_input;      // or null
+  void* grad_residual;   // or null
+  Layout layout;
+  Coefficients coefficients;
+  double negative_slope;
+  bool stream;
+};
+
+// Sums over one thread's range, [channels] each: of the gradient g behind the activation, and of
+// g * (input - mean). Null where not asked for. `spread` is working space for them where the
+// coefficients are spread, zeroed, 2 * (period + kMaxLanes) floats (doubles for a double input).
+struct ChannelSums {
+  double* g;
+  double* g_centered;
+  void* spread;
+};
+
+struct Kernels {
+  const char* name;
+  void (*forward)(Dtype, Activation, const ForwardParams&, int64_t begin, int64_t end);
+  void (*backward)(
+      Dtype, Activation, const BackwardParams&, int64_t begin, int64_t end, ChannelSums);
+};
+
+// The best of the machine, unless another was selected.
+const Kernels& kernels();
+
+// "portable", "avx2" or "avx512"; false if this machine cannot run it.
+bool select_kernels(const char* name);
+
+}  // namespace frozen_bn::cpu

@@ -1,0 +1,286 @@
+// The CPU kernels. Included once for each instruction set, by kernels_*.cpp.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "traversal.h"
+
+namespace frozen_bn::cpu {
+namespace {
+
+// The last elements of a tensor, in a buffer as long as a pack.
+template <class T>
+struct PartialPack {
+  T values[kLanes] = {};
+  PartialPack(const T* from, int64_t i, int64_t n) {
+    if (from) std::memcpy(values, from + i, n * sizeof(T));
+  }
+  T* or_null(const T* tensor) {
+    return tensor ? values : nullptr;
+  }
+};
+
+void write_partial_mask(uint8_t* mask, int64_t i, int64_t n, const uint8_t* bits) {
+  if (mask) std::memcpy(mask + i / 8, bits, (n + 7) / 8);
+}
+
+template <class S, Activation kAct>
+struct ForwardBody {
+  using T = acc_t<S>;
+  const S* input;
+  const S* residual;
+  S* output;
+  uint8_t* mask;
+  Vec<T> negative_slope;
+  bool stream;
+
+  template <class Slot>
+  FROZEN_BN_INLINE void operator()(int64_t i, Slot, const LaneCoefficients<T>& k) const {
+    Vec<T> z = normalize(load(input + i), k.mean, k.scale, k.bias);
+    if (residual) z += load(residual + i);
+    store(output + i, activate<kAct>(z, negative_slope), stream);
+    if constexpr (needs_mask(kAct)) {
+      if (mask) {
+        const MaskBits bits = to_bits(blocked<kAct>(z));
+        std::memcpy(mask + i / 8, &bits, sizeof(bits));
+      }
+    }
+  }
+
+  template <class Slot>
+  void partial(int64_t i, int64_t n, Slot slot, const LaneCoefficients<T>& k) const {
+    PartialPack<S> x(input, i, n), r(residual, i, n), y(nullptr, 0, 0);
+    uint8_t bits[2];
+    ForwardBody{
+        x.values, r.or_null(residual), y.values, mask ? bits : nullptr, negative_slope, false}(
+        0, slot, k);
+    std::memcpy(output + i, y.values, n * sizeof(S));
+    write_partial_mask(mask, i, n, bits);
+  }
+
+  void flush(int64_t = 0) const {}
+};
+
+template <class S, Activation kAct>
+void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
+  using T = acc_t<S>;
+  ForwardBody<S, kAct> body{
+      static_cast<const S*>(p.input),
+      static_cast<const S*>(p.residual),
+      static_cast<S*>(p.output),
+      p.mask,
+      Vec<T>{} + static_cast<T>(p.negative_slope),
+      p.stream};
+  if (p.coefficients.period == 0) {
+    traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
+  } else {
+    traverse_spread<T>(p.coefficients, begin, end, body);
+  }
+  if (p.stream) streaming_done();
+}
+
+// Where the channel sums of a backward pass collect: nowhere, in registers (planar), or in an
+// array beside the spread coefficients.
+struct NoSums {
+  template <class V, class Slot>
+  FROZEN_BN_INLINE void add(V, V, Slot) {}
+  void flush(int64_t = 0) {}
+};
+
+template <class T>
+double sum_lanes(Vec<T> pack) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += pack[lane];
+  return sum;
+}
+
+template <class T>
+struct PlanarSums {
+  ChannelSums totals;
+  Vec<T> g{}, centered{};
+
+  FROZEN_BN_INLINE void add(Vec<T> pack_g, Vec<T> pack_centered, PlanarSlot slot) {
+    if (slot.split == kLanes) {
+      g += pack_g;
+      centered += pack_centered;
+      return;
+    }
+    const Vec<T> zero{};
+    const auto here = lanes_below<T>(slot.split);
+    g += here ? pack_g : zero;
+    centered += here ? pack_centered : zero;
+    flush(slot.channel);
+    g = here ? zero : pack_g;
+    centered = here ? zero : pack_centered;
+  }
+
+  void flush(int64_t channel) {
+    totals.g[channel] += sum_lanes<T>(g);
+    totals.g_centered[channel] += sum_lanes<T>(centered);
+    g = centered = Vec<T>{};
+  }
+};
+
+template <class T>
+struct SpreadSums {
+  ChannelSums totals;
+  const Layout& layout;
+  int64_t period;
+  T* g = static_cast<T*>(totals.spread);
+  T* centered = g + period + kMaxLanes;
+
+  FROZEN_BN_INLINE void add(Vec<T> pack_g, Vec<T> pack_centered, int64_t slot) {
+    accumulate(g + slot, pack_g);
+    accumulate(centered + slot, pack_centered);
+  }
+
+  FROZEN_BN_INLINE static void accumulate(T* sums, Vec<T> pack) {
+    store(sums, load(sums) + pack, false);
+  }
+
+  void flush() {
+    int64_t channel = 0, run = 0;
+    for (int64_t j = 0; j < period + kMaxLanes; ++j) {
+      if (j == period) channel = run = 0;
+      totals.g[channel] += g[j];
+      totals.g_centered[channel] += centered[j];
+      g[j] = centered[j] = 0;
+      if (++run == layout.inner) {
+        run = 0;
+        if (++channel == layout.channels) channel = 0;
+      }
+    }
+  }
+};
+
+template <class S, Activation kAct, class Sums>
+struct BackwardBody {
+  using T = acc_t<S>;
+  const S* grad_output;
+  const uint8_t* mask;
+  const S* input;
+  const S* residual;
+  S* grad_input;
+  S* grad_residual;
+  Vec<T> negative_slope;
+  bool stream;
+  Sums& sums;
+
+  template <class Slot>
+  FROZEN_BN_INLINE void operator()(int64_t i, Slot slot, const LaneCoefficients<T>& k) const {
+    const Vec<T> zero{};
+    Vec<T> g = load(grad_output + i);
+    const Vec<T> x = input ? load(input + i) : zero;
+    if constexpr (needs_input(kAct)) {
+      Vec<T> z = normalize(x, k.mean, k.scale, k.bias);
+      if (residual) z += load(residual + i);
+      g *= derivative<kAct>(z);
+    } else if constexpr (needs_mask(kAct)) {
+      MaskBits bits;
+      std::memcpy(&bits, mask + i / 8, sizeof(bits));
+      const Vec<T> attenuated = kAct == Activation::kLeakyRelu ? g * negative_slope : zero;
+      g = from_bits<T>(bits) ? attenuated : g;
+    }
+    if (grad_input) store(grad_input + i, g * k.scale, stream);
+    if (grad_residual) store(grad_residual + i, g, stream);
+    sums.add(g, g * (x - k.mean), slot);
+  }
+
+  template <class Slot>
+  void partial(int64_t i, int64_t n, Slot slot, const LaneCoefficients<T>& k) const {
+    PartialPack<S> dy(grad_output, i, n), x(input, i, n), r(residual, i, n);
+    PartialPack<S> dx(nullptr, 0, 0), dr(nullptr, 0, 0);
+    uint8_t bits[2] = {};
+    if (mask) std::memcpy(bits, mask + i / 8, (n + 7) / 8);
+    BackwardBody{
+        dy.values,
+        bits,
+        x.or_null(input),
+        r.or_null(residual),
+        dx.or_null(grad_input),
+        dr.or_null(grad_residual),
+        negative_slope,
+        false,
+        sums}(0, slot, k);
+    if (grad_input) std::memcpy(grad_input + i, dx.values, n * sizeof(S));
+    if (grad_residual) std::memcpy(grad_residual + i, dr.values, n * sizeof(S));
+  }
+
+  void flush(int64_t channel) const {
+    sums.flush(channel);
+  }
+  void flush() const {
+    sums.flush();
+  }
+};
+
+template <class S, Activation kAct, class Sums>
+BackwardBody<S, kAct, Sums> backward_body(const BackwardParams& p, Sums& sums) {
+  using T = acc_t<S>;
+  return {
+      static_cast<const S*>(p.grad_output),
+      p.mask,
+      static_cast<const S*>(p.input),
+      static_cast<const S*>(p.residual),
+      static_cast<S*>(p.grad_input),
+      static_cast<S*>(p.grad_residual),
+      Vec<T>{} + static_cast<T>(p.negative_slope),
+      p.stream,
+      sums};
+}
+
+template <class S, Activation kAct>
+void backward_range(const BackwardParams& p, int64_t begin, int64_t end, ChannelSums totals) {
+  using T = acc_t<S>;
+  const auto planar = [&](auto sums) {
+    auto body = backward_body<S, kAct>(p, sums);
+    traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
+  };
+  const auto spread = [&](auto sums) {
+    auto body = backward_body<S, kAct>(p, sums);
+    traverse_spread<T>(p.coefficients, begin, end, body);
+  };
+  const int64_t period = p.coefficients.period;
+  if (period == 0) {
+    totals.g ? planar(PlanarSums<T>{totals}) : planar(NoSums{});
+  } else {
+    totals.g ? spread(SpreadSums<T>{totals, p.layout, period}) : spread(NoSums{});
+  }
+  if (p.stream) streaming_done();
+}
+
+// Calls f with a zero of the storage type and the activation as a compile-time constant.
+template <class F>
+void dispatch(Dtype dtype, Activation activation, F f) {
+  const auto with_activation = [&](auto storage) {
+    dispatch_activation(activation, [&](auto act) { f(storage, act); });
+  };
+  switch (dtype) {
+    case Dtype::kFloat: return with_activation(float{});
+    case Dtype::kHalf: return with_activation(Half{});
+    case Dtype::kBFloat16: return with_activation(BFloat16{});
+    case Dtype::kDouble: return with_activation(double{});
+  }
+}
+
+void forward(Dtype dtype, Activation activation, const ForwardParams& p, int64_t begin, int64_t end) {
+  dispatch(dtype, activation, [&](auto storage, auto act) {
+    forward_range<decltype(storage), act.value>(p, begin, end);
+  });
+}
+
+void backward(
+    Dtype dtype,
+    Activation activation,
+    const BackwardParams& p,
+    int64_t begin,
+    int64_t end,
+    ChannelSums totals) {
+  dispatch(dtype, gradient_kind(activation), [&](auto storage, auto act) {
+    backward_range<decltype(storage), act.value>(p, begin, end, totals);
+  });
+}
+
+}  // namespace
+}  // namespace frozen_bn::cpu

@@ -1,0 +1,9 @@
+// The kernels for any machine: SSE2 on x86, NEON on ARM.
+#define FROZEN_BN_CPU_LEVEL 0
+#include "kernels_impl.h"
+
+namespace frozen_bn::cpu {
+
+extern const Kernels kPortableKernels{"portable", forward, backward};
+
+}  // namespace frozen_bn::cpu

@@ -1,0 +1,291 @@
+// The CPU operators: allocation, threads, and the choice of the instruction set.
+#include <algorithm>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../ops.h"
+#include "kernels.h"
+
+namespace frozen_bn::cpu {
+namespace {
+
+// at::parallel_for's own grain size: below it, starting threads costs more than they bring.
+constexpr int64_t kGrainElements = 32768;
+
+// Beyond this an output would push everything else out of the cache, itself included.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+// Fresh memory of this size is mapped anew by the allocator, and faults page by page.
+constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Dtype::kHalf;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Double: return Dtype::kDouble;
+    default: return Dtype::kFloat;
+  }
+}
+
+int64_t bytes_of(const Tensor& t) {
+  return t.numel() * static_cast<int64_t>(t.element_size());
+}
+
+// Asks for huge pages under a tensor that is about to be written whole: with 4 KiB pages, the
+// page faults of a fresh 128 MB output cost several times the arithmetic.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const uintptr_t last = (begin + bytes_of(t)) / kHugePageBytes * kHugePageBytes;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+bool should_stream(const Tensor& output) {
+  return bytes_of(output) >= kStreamBytes &&
+      reinterpret_cast<uintptr_t>(output.data_ptr()) % 64 == 0;
+}
+
+int64_t range_count(int64_t numel) {
+  const int64_t most = (numel + kGrainElements - 1) / kGrainElements;
+  return std::min<int64_t>(torch::stable::get_num_threads(), most);
+}
+
+// Splits the elements into one range a thread and calls f(range, begin, end). The ranges depend
+// on nothing but the size and the number of threads, so sums over them are repeatable.
+template <class F>
+void for_each_range(int64_t numel, F f) {
+  const int64_t ranges = range_count(numel);
+  const int64_t units = (numel + kRangeAlignment - 1) / kRangeAlignment;
+  const auto start = [&](int64_t range) {
+    return std::min(numel, units * range / ranges * kRangeAlignment);
+  };
+  if (ranges == 1) return f(0, 0, numel);
+  torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t range = begin; range < end; ++range) f(range, start(range), start(range + 1));
+  });
+}
+
+template <class T>
+void read_vector(const std::optional<Tensor>& t, double missing, int64_t channels, T* row) {
+  if (!t) {
+    std::fill_n(row, channels, static_cast<T>(missing));
+    return;
+  }
+  const auto convert = [&](const auto* values) {
+    std::transform(values, values + channels, row, [](auto v) { return static_cast<T>(v); });
+  };
+  switch (t->scalar_type()) {
+    case ScalarType::Half: return convert(t->const_data_ptr<torch::headeronly::Half>());
+    case ScalarType::BFloat16: return convert(t->const_data_ptr<torch::headeronly::BFloat16>());
+    case ScalarType::Double: return convert(t->const_data_ptr<double>());
+    default: return convert(t->const_data_ptr<float>());
+  }
+}
+
+// rows: [kRows, channels]. 1 / sqrt(var + eps) is rounded to T only once.
+template <class T>
+void compute_coefficients(const ForwardArguments& a, int64_t channels, T* rows) {
+  std::vector<double> scratch(2 * channels);
+  double *var = scratch.data(), *weight = var + channels;
+  read_vector(a.running_mean, 0, channels, rows + kMean * channels);
+  read_vector(a.bias, 0, channels, rows + kBias * channels);
+  read_vector(a.running_var, 0, channels, var);
+  read_vector(a.weight, 1, channels, weight);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double inv_std = inverse_std(var[c], a.eps);
+    rows[kInvStd * channels + c] = static_cast<T>(inv_std);
+    rows[kScale * channels + c] = static_cast<T>(inv_std * weight[c]);
+  }
+}
+
+// How often the coefficients repeat along the storage, in elements; 0 where the kernels take them
+// straight from the rows. A short period is repeated until it is a multiple of the pack.
+int64_t spread_period(const Layout& layout) {
+  if (layout.inner >= kMinInner) return 0;
+  constexpr int64_t kShortPeriod = 4 * kMaxLanes, kLongestRepeated = 4096;
+  const int64_t period = layout.inner * layout.channels;
+  int64_t repeated = std::lcm(period, kMaxLanes);
+  if (repeated > kLongestRepeated) return period;
+  while (repeated < kShortPeriod) repeated *= 2;
+  return repeated;
+}
+
+// Coefficients as the kernels want them; owns what it had to spread.
+template <class T>
+class KernelCoefficients {
+ public:
+  KernelCoefficients(const T* rows, const Layout& layout)
+      : view_{rows + kMean * layout.channels,
+              rows + kScale * layout.channels,
+              rows + kBias * layout.channels,
+              spread_period(layout)} {
+    if (view_.period == 0) return;
+    const int64_t stride = view_.period + kMaxLanes;
+    spread_.resize(3 * stride);
+    for (auto [row, to] : {std::pair{&view_.mean, 0}, {&view_.scale, 1}, {&view_.bias, 2}}) {
+      *row = spread(static_cast<const T*>(*row), layout, spread_.data() + to * stride);
+    }
+  }
+
+  const Coefficients& view() const {
+    return view_;
+  }
+
+ private:
+  const T* spread(const T* row, const Layout& layout, T* to) const {
+    T* out = to;
+    T* const end = to + view_.period + kMaxLanes;
+    while (out < end) {
+      for (int64_t c = 0; c < layout.channels && out < end; ++c) {
+        const int64_t run = std::min<int64_t>(layout.inner, end - out);
+        out = std::fill_n(out, run, row[c]);
+      }
+    }
+    return to;
+  }
+
+  Coefficients view_;
+  std::vector<T> spread_;
+};
+
+template <class F>
+auto with_acc_type(const Tensor& t, F f) {
+  return t.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+Saved run_forward(const ForwardArguments& a, const Layout& layout, const Tensor& output) {
+  Saved saved;
+  if (a.save) {
+    saved.coefficients =
+        empty_contiguous({kRows, layout.channels}, accumulate_dtype(a.input), a.input);
+    if (needs_mask(a.activation)) {
+      saved.mask = empty_contiguous({(layout.numel + 7) / 8}, ScalarType::Byte, a.input);
+    }
+  }
+  const bool in_place = output.data_ptr() == a.input.data_ptr();
+  if (!in_place) advise_huge_pages(output);
+  with_acc_type(a.input, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T> unsaved(a.save ? 0 : kRows * layout.channels);
+    T* rows = a.save ? saved.coefficients->template mutable_data_ptr<T>() : unsaved.data();
+    compute_coefficients(a, layout.channels, rows);
+    if (layout.numel == 0) return;
+    const KernelCoefficients<T> coefficients(rows, layout);
+    const ForwardParams params{
+        a.input.const_data_ptr(),
+        a.residual ? a.residual->const_data_ptr() : nullptr,
+        output.mutable_data_ptr(),
+        saved.mask ? static_cast<uint8_t*>(saved.mask->mutable_data_ptr()) : nullptr,
+        layout,
+        coefficients.view(),
+        a.negative_slope,
+        !in_place && should_stream(output)};
+    for_each_range(layout.numel, [&](int64_t, int64_t begin, int64_t end) {
+      kernels().forward(dtype_of(a.input), a.activation, params, begin, end);
+    });
+  });
+  return saved;
+}
+
+// One ChannelSums a range, and their total: kept apart while threads run, added in order after.
+template <class T>
+class RangeSums {
+ public:
+  RangeSums(int64_t ranges, int64_t channels, int64_t period)
+      : channels_(channels),
+        sums_(ranges * 2 * channels),
+        spread_stride_(period ? 2 * (period + kMaxLanes) : 0),
+        spread_(ranges * spread_stride_) {}
+
+  ChannelSums of(int64_t range) {
+    double* g = sums_.data() + range * 2 * channels_;
+    return {g, g + channels_, spread_.data() + range * spread_stride_};
+  }
+
+  // Leaves the total in range 0.
+  ChannelSums add_up() {
+    const int64_t width = 2 * channels_;
+    for (size_t i = width; i < sums_.size(); ++i) sums_[i % width] += sums_[i];
+    return of(0);
+  }
+
+ private:
+  int64_t channels_;
+  std::vector<double> sums_;
+  int64_t spread_stride_;
+  std::vector<T> spread_;
+};
+
+void write_vector(const std::vector<double>& values, const Tensor& t) {
+  const auto convert = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    std::transform(values.begin(), values.end(), to, [](double v) { return static_cast<T>(v); });
+  };
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return convert(t.mutable_data_ptr<torch::headeronly::Half>());
+    case ScalarType::BFloat16: return convert(t.mutable_data_ptr<torch::headeronly::BFloat16>());
+    case ScalarType::Double: return convert(t.mutable_data_ptr<double>());
+    default: return convert(t.mutable_data_ptr<float>());
+  }
+}
+
+template <class T>
+void write_affine_gradients(
+    const ChannelSums& total, const T* inv_std, int64_t channels, const Gradients& gradients) {
+  std::vector<double> row(total.g, total.g + channels);
+  if (gradients.bias) write_vector(row, *gradients.bias);
+  for (int64_t c = 0; c < channels; ++c) row[c] = total.g_centered[c] * inv_std[c];
+  if (gradients.weight) write_vector(row, *gradients.weight);
+}
+
+void run_backward(const BackwardArguments& a, const Layout& layout, const Gradients& gradients) {
+  const auto pointer = [](const std::optional<Tensor>& t) {
+    return t ? t->data_ptr() : nullptr;
+  };
+  if (gradients.input) advise_huge_pages(*gradients.input);
+  if (gradients.residual) advise_huge_pages(*gradients.residual);
+  const bool wants_sums = gradients.weight || gradients.bias;
+  with_acc_type(a.grad_output, [&](auto zero) {
+    using T = decltype(zero);
+    const T* rows = a.coefficients.template const_data_ptr<T>();
+    const KernelCoefficients<T> coefficients(rows, layout);
+    const BackwardParams params{
+        a.grad_output.const_data_ptr(),
+        static_cast<const uint8_t*>(pointer(a.mask)),
+        needs_input(a.activation) || gradients.weight ? pointer(a.input) : nullptr,
+        pointer(a.residual),
+        pointer(gradients.input),
+        pointer(gradients.residual),
+        layout,
+        coefficients.view(),
+        a.negative_slope,
+        (!gradients.input || should_stream(*gradients.input)) &&
+            (!gradients.residual || should_stream(*gradients.residual))};
+    RangeSums<T> sums(
+        wants_sums ? std::max<int64_t>(range_count(layout.numel), 1) : 0,
+        layout.channels,
+        params.coefficients.period);
+    for_each_range(layout.numel, [&](int64_t range, int64_t begin, int64_t end) {
+      const ChannelSums of_range = wants_sums ? sums.of(range) : ChannelSums{};
+      kernels().backward(dtype_of(a.grad_output), a.activation, params, begin, end, of_range);
+    });
+    if (!wants_sums) return;
+    const T* inv_std = rows + kInvStd * layout.channels;
+    write_affine_gradients(sums.add_up(), inv_std, layout.channels, gradients);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(frozen_bn, CPU, library) {
+  Operators<run_forward, run_backward>::register_in(library);
+}
+
+}  // namespace frozen_bn::cpu

@@ -1,0 +1,223 @@
+// A pack of lanes for the instruction set that the including file was compiled for. Arithmetic,
+// comparison and selection are the compiler's own on vector types; only what those cannot say is
+// here: half conversions, mask bits, streaming stores.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../affine.h"
+
+#if FROZEN_BN_CPU_LEVEL > 0
+#include <immintrin.h>
+#else
+#include <torch/headeronly/util/Half.h>
+#endif
+
+namespace frozen_bn {
+namespace {
+
+#if FROZEN_BN_CPU_LEVEL == 2
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+using Lanes32 = Vec<int32_t>;
+
+// Storage types: the bits of a half, told apart by name.
+enum class Half : uint16_t {};
+enum class BFloat16 : uint16_t {};
+
+// The type that arithmetic on a storage type is done in.
+template <class Storage>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class Storage>
+using acc_t = typename Accumulate<Storage>::type;
+
+template <class To, class From>
+FROZEN_BN_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class V, class T>
+FROZEN_BN_INLINE V load_unaligned(const T* from) {
+  V pack;
+  std::memcpy(&pack, from, sizeof(V));
+  return pack;
+}
+
+FROZEN_BN_INLINE Vec<float> load(const float* from) {
+  return load_unaligned<Vec<float>>(from);
+}
+FROZEN_BN_INLINE Vec<double> load(const double* from) {
+  return load_unaligned<Vec<double>>(from);
+}
+
+FROZEN_BN_INLINE Vec<float> load(const BFloat16* from) {
+  const auto bits = load_unaligned<Vec<uint16_t>>(from);
+  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+
+FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
+  const auto bits = bit_cast<Vec<uint32_t>>(pack);
+  const auto nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto quiet_nan = (bits >> 16) | 0x40u;
+  const auto rounded = pack != pack ? quiet_nan : nearest_even;
+  return __builtin_convertvector(rounded, Vec<uint16_t>);
+}
+
+#if FROZEN_BN_CPU_LEVEL == 2
+FROZEN_BN_INLINE Vec<float> load(const Half* from) {
+  // The masked form: the plain one draws a false warning from GCC.
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, load_unaligned<__m256i>(from));
+}
+FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
+  return (Vec<uint16_t>)_mm512_maskz_cvtps_ph(0xffff, (__m512)pack, _MM_FROUND_TO_NEAREST_INT);
+}
+FROZEN_BN_INLINE uint16_t to_bits(Lanes32 mask) {
+  return _mm512_movepi32_mask((__m512i)mask);
+}
+FROZEN_BN_INLINE void stream_bytes(void* to, Vec<float> pack) {
+  _mm512_stream_ps(static_cast<float*>(to), (__m512)pack);
+}
+FROZEN_BN_INLINE void stream_bytes(void* to, Vec<uint16_t> pack) {
+  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)pack);
+}
+#elif FROZEN_BN_CPU_LEVEL == 1
+FROZEN_BN_INLINE Vec<float> load(const Half* from) {
+  return (Vec<float>)_mm256_cvtph_ps(load_unaligned<__m128i>(from));
+}
+FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
+  return (Vec<uint16_t>)_mm256_cvtps_ph((__m256)pack, _MM_FROUND_TO_NEAREST_INT);
+}
+FROZEN_BN_INLINE uint8_t to_bits(Lanes32 mask) {
+  return _mm256_movemask_ps((__m256)mask);
+}
+FROZEN_BN_INLINE void stream_bytes(void* to, Vec<float> pack) {
+  _mm256_stream_ps(static_cast<float*>(to), (__m256)pack);
+}
+FROZEN_BN_INLINE void stream_bytes(void* to, Vec<uint16_t> pack) {
+  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)pack);
+}
+#else
+FROZEN_BN_INLINE Vec<float> load(const Half* from) {
+  Vec<float> pack;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    pack[lane] = c10::detail::fp16_ieee_to_fp32_value(static_cast<uint16_t>(from[lane]));
+  }
+  return pack;
+}
+FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
+  Vec<uint16_t> halves;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    halves[lane] = c10::detail::fp16_ieee_from_fp32_value(pack[lane]);
+  }
+  return halves;
+}
+#endif
+
+// Lane k as bit k, and back.
+using MaskBits = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
+
+template <class Mask>
+FROZEN_BN_INLINE MaskBits to_bits(Mask mask) {
+  MaskBits bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= (mask[lane] & 1) << lane;
+  return bits;
+}
+
+template <class T>
+FROZEN_BN_INLINE auto lane_numbers() {
+  std::conditional_t<sizeof(T) == 8, Vec<int64_t>, Lanes32> numbers{};
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
+template <class T>
+FROZEN_BN_INLINE auto from_bits(MaskBits bits) {
+  const auto lanes = lane_numbers<T>();
+  return (((lanes - lanes + bits) >> lanes) & 1) != 0;
+}
+
+FROZEN_BN_INLINE Vec<float> to_storage(Vec<float> pack, float*) {
+  return pack;
+}
+FROZEN_BN_INLINE Vec<double> to_storage(Vec<double> pack, double*) {
+  return pack;
+}
+
+template <class V>
+FROZEN_BN_INLINE void stream_bytes(void* to, V pack) {
+  std::memcpy(to, &pack, sizeof(V));
+}
+
+// Streaming bypasses the cache: for outputs that would not stay in it. `to` must then be aligned.
+template <class Storage>
+FROZEN_BN_INLINE void store(Storage* to, Vec<acc_t<Storage>> pack, bool stream) {
+  const auto stored = to_storage(pack, to);
+  if (stream) {
+    stream_bytes(to, stored);
+  } else {
+    std::memcpy(to, &stored, sizeof(stored));
+  }
+}
+
+FROZEN_BN_INLINE void streaming_done() {
+#if FROZEN_BN_CPU_LEVEL > 0
+  _mm_sfence();
+#endif
+}
+
+// exp(x) to about one unit in the last place: 2^n * e^r, |r| <= ln(2) / 2, e^r by its Taylor
+// series, ln(2) in two parts (Cody & Waite, Software Manual for the Elementary Functions, 1980).
+template <>
+struct Exponential<Vec<float>> {
+  FROZEN_BN_INLINE static Vec<float> of(Vec<float> x) {
+    const Vec<float> zero{};
+    const Vec<float> low = zero - 104.0f, high = zero + 89.0f;
+    const Vec<float> clamped = x < low ? low : (x > high ? high : x);
+    const Vec<float> shifter = zero + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec<float> n = (clamped * 1.44269504f + shifter) - shifter;
+    const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec<float> series = zero + 1.0f / 5040;
+    for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+      series = series * r + coefficient;
+    }
+    // 2^n in two factors, for the subnormal and the overflowing ends.
+    const auto exponent = __builtin_convertvector(n, Lanes32);
+    const auto half = exponent >> 1;
+    return x != x ? x : series * power_of_two(half) * power_of_two(exponent - half);
+  }
+
+  FROZEN_BN_INLINE static Vec<float> power_of_two(Lanes32 exponent) {
+    return bit_cast<Vec<float>>((exponent + 127) << 23);
+  }
+};
+
+template <>
+struct Exponential<Vec<double>> {
+  FROZEN_BN_INLINE static Vec<double> of(Vec<double> x) {
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::exp(x[lane]);
+    return x;
+  }
+};
+
+}  // namespace
+}  // namespace frozen_bn

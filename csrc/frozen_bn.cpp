@@ -1,0 +1,48 @@
+// The operator schemas, and the Python module _C: what was built, and hooks for the tests.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/kernels.h"
+
+STABLE_TORCH_LIBRARY(frozen_bn, library) {
+  // act((input - running_mean) * weight / sqrt(running_var + eps) + bias + residual), and, if
+  // `save`, what backward takes: coefficients and, for a piecewise-linear activation, mask.
+  library.def(
+      "forward(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight,"
+      " Tensor? bias, Tensor? residual, float eps, int activation, float negative_slope,"
+      " bool save) -> (Tensor output, Tensor? coefficients, Tensor? mask)");
+  library.def(
+      "forward_(Tensor(a!) input, Tensor running_mean, Tensor running_var, Tensor? weight,"
+      " Tensor? bias, Tensor? residual, float eps, int activation, float negative_slope,"
+      " bool save) -> (Tensor? coefficients, Tensor? mask)");
+  // The gradients asked for, None for the others; those of weight and bias by naming their dtype.
+  library.def(
+      "backward(Tensor grad_output, Tensor coefficients, Tensor? mask, Tensor? input,"
+      " Tensor? residual, int[] strides, int activation, float negative_slope,"
+      " bool input_gradient, ScalarType? weight_gradient, ScalarType? bias_gradient,"
+      " bool residual_gradient)"
+      " -> (Tensor? input, Tensor? weight, Tensor? bias, Tensor? residual)");
+}
+
+PYBIND11_MODULE(_C, module) {
+  namespace cpu = frozen_bn::cpu;
+  module.doc() = "Build information and test hooks of frozen_bn; the operators are torch.ops.frozen_bn.";
+  module.def("build_info", [] {
+    pybind11::dict info;
+    info["torch"] = FROZEN_BN_BUILT_TORCH;
+    info["cuda"] = FROZEN_BN_BUILT_CUDA;
+    info["architectures"] = FROZEN_BN_BUILT_ARCHITECTURES;
+    info["compiler"] = __VERSION__;
+    return info;
+  });
+  module.def("cpu_level", [] { return std::string(cpu::kernels().name); });
+  module.def("select_cpu_level", [](const std::string& name) {
+    if (!cpu::select_kernels(name.c_str())) {
+      throw pybind11::value_error(
+          "frozen_bn: expected a CPU level that this machine can run "
+          "(portable, avx2, avx512), but got " + name);
+    }
+  });
+}

@@ -1,0 +1,85 @@
+// Shape and alignment -> kernel variant, grid, block. Torch-free, and tested without a GPU.
+//
+// Two variants cover every dense layout, both in packs of 8 elements of the flat storage:
+//
+//   planar    a channel is a run of at least 8 elements (NCHW), so a pack spans at most two. A
+//             block takes one tile, and looks its channels' coefficients up in shared memory.
+//   periodic  channels change faster (channels_last, small maps), but repeat with period
+//             C * inner. Packs that are a multiple of the period apart have the same channels: a
+//             thread walks down such a column, and keeps its 8 lanes' coefficients in registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "layout.h"
+
+namespace frozen_bn {
+
+constexpr int kPackSize = 8;
+constexpr int kThreads = 256;
+constexpr int kPacksPerThread = 2;  // loads in flight
+constexpr int kTileSize = kThreads * kPacksPerThread * kPackSize;
+constexpr int kMaxTileRuns = kTileSize / kPackSize + 2;  // runs that a tile can touch, planar
+
+enum class Variant { kPlanar, kPeriodic };
+
+struct LaunchPlan {
+  Variant variant;
+  bool wide;  // 64-bit index arithmetic
+  uint32_t grid_x, grid_y;
+  uint32_t block_x, block_y;
+  int64_t columns;  // periodic: packs after which the channels repeat
+  // Sums for the affine gradients come as [partial_rows, 2, partial_width] partial sums.
+  int64_t segments;  // planar: the most tiles that one run can touch
+  int64_t partial_rows;
+  int64_t partial_width;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline LaunchPlan plan_planar(const Layout& layout) {
+  LaunchPlan plan{};
+  plan.variant = Variant::kPlanar;
+  plan.grid_x = static_cast<uint32_t>(ceil_div(layout.numel, kTileSize));
+  plan.grid_y = 1;
+  plan.block_x = kThreads;
+  plan.block_y = 1;
+  plan.segments = ceil_div(layout.inner - 1, kTileSize) + 1;
+  plan.partial_rows = ceil_div(layout.numel / layout.inner, layout.channels) * plan.segments;
+  plan.partial_width = layout.channels;
+  return plan;
+}
+
+// Enough blocks to fill the device several times over, so that the last wave is short, but few
+// enough for a thread to use its coefficients more than once where there is work for it.
+inline LaunchPlan plan_periodic(const Layout& layout, int multiprocessors) {
+  constexpr int64_t kBlocksPerMultiprocessor = 16;
+  LaunchPlan plan{};
+  plan.variant = Variant::kPeriodic;
+  plan.columns = std::lcm(layout.channels * layout.inner, int64_t{kPackSize}) / kPackSize;
+  const int64_t rows = ceil_div(ceil_div(layout.numel, kPackSize), plan.columns);
+  plan.block_x = static_cast<uint32_t>(std::min<int64_t>(plan.columns, kThreads));
+  plan.block_y = static_cast<uint32_t>(
+      std::max<int64_t>(1, std::min<int64_t>(kThreads / plan.block_x, rows)));
+  plan.grid_y = static_cast<uint32_t>(ceil_div(plan.columns, plan.block_x));
+  const int64_t most = ceil_div(kBlocksPerMultiprocessor * multiprocessors, plan.grid_y);
+  plan.grid_x = static_cast<uint32_t>(
+      std::min(most, ceil_div(rows, int64_t{plan.block_y} * kPacksPerThread)));
+  plan.partial_rows = plan.grid_x;
+  plan.partial_width = plan.columns * kPackSize;
+  return plan;
+}
+
+// `layout.numel` must not be 0. `force_wide` is for tests.
+inline LaunchPlan plan_launch(const Layout& layout, int multiprocessors, bool force_wide = false) {
+  LaunchPlan plan = layout.inner >= kPackSize ? plan_planar(layout)
+                                              : plan_periodic(layout, multiprocessors);
+  plan.wide = force_wide || layout.numel > INT32_MAX - kTileSize;
+  return plan;
+}
+
+}  // namespace frozen_bn

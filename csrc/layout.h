@@ -1,0 +1,41 @@
+// The index model: a dense tensor is its flat storage, and element `i` has channel
+// `(i / inner) % channels`. `inner` is H*W for a contiguous NCHW tensor and 1 for channels_last;
+// any other dense order of the dimensions fits as well. Torch-free.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace frozen_bn {
+
+struct Layout {
+  int64_t numel;
+  int64_t channels;
+  int64_t inner;
+};
+
+// The layout of a tensor whose dimension 1 is the channel, or nothing where its elements are not
+// one gapless block (sliced, expanded): such a tensor has to be made dense first.
+inline std::optional<Layout> dense_layout(
+    int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  std::vector<int64_t> order;
+  int64_t numel = 1;
+  for (int64_t d = 0; d < dim; ++d) {
+    numel *= sizes[d];
+    if (sizes[d] != 1) order.push_back(d);
+  }
+  if (numel == 0) return Layout{0, sizes[1], 1};
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return strides[a] < strides[b];
+  });
+  int64_t gapless_stride = 1;
+  for (int64_t d : order) {
+    if (strides[d] != gapless_stride) return std::nullopt;
+    gapless_stride *= sizes[d];
+  }
+  return Layout{numel, sizes[1], sizes[1] > 1 ? strides[1] : numel};
+}
+
+}  // namespace frozen_bn

@@ -1,0 +1,20 @@
+"""Fused batch normalization with fixed statistics for PyTorch."""
+
+from . import reference
+from .config import show_config
+from .convert import convert_frozen_bn, unfreeze_bn
+from .functional import frozen_batch_norm
+from .modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "convert_frozen_bn",
+    "frozen_batch_norm",
+    "reference",
+    "show_config",
+    "unfreeze_bn",
+]

@@ -1,0 +1,210 @@
+"""The functional form, and the autograd node over the compiled operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+from . import ops, reference
+from .checks import ACTIVATIONS, activation_code, check_inplace
+
+_SMOOTH = ("silu", "hardswish")
+
+if "cpu" not in ops.unavailable:
+    _forward = torch.ops.frozen_bn.forward.default
+    _forward_ = torch.ops.frozen_bn.forward_.default
+    _backward = torch.ops.frozen_bn.backward.default
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """Saves the channel coefficients, one bit an element behind a piecewise-linear activation, and
+    the input only where the gradient of the weight or of a smooth activation needs it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        code: int,
+        negative_slope: float,
+        inplace: bool,
+    ) -> Tensor:
+        _, weight_gradient, bias_gradient, *_ = ctx.needs_input_grad
+        smooth = ACTIVATIONS[code] in _SMOOTH
+        kept = input if weight_gradient or smooth else None
+        arguments = (running_mean, running_var, weight, bias, residual, eps, code, negative_slope)
+        if inplace:
+            kept = None if kept is None else kept.clone()
+            coefficients, mask = _forward_(input, *arguments, True)
+            ctx.mark_dirty(input)
+            output = input
+        else:
+            output, coefficients, mask = _forward(input, *arguments, True)
+        ctx.save_for_backward(
+            coefficients,
+            mask,
+            kept,
+            residual if smooth else None,
+            weight if weight_gradient else None,
+            bias if bias_gradient and smooth else None,
+        )
+        ctx.code = code
+        ctx.negative_slope = negative_slope
+        ctx.strides = output.stride()
+        ctx.weight_dtype = weight.dtype if weight_gradient else None
+        ctx.bias_dtype = bias.dtype if bias_gradient else None
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, grad_output)
+        coefficients, mask, input, residual, _, _ = ctx.saved_tensors
+        needs_input, _, _, needs_residual, *_ = ctx.needs_input_grad
+        grad_input, grad_weight, grad_bias, grad_residual = _backward(
+            grad_output,
+            coefficients,
+            mask,
+            input,
+            residual,
+            ctx.strides,
+            ctx.code,
+            ctx.negative_slope,
+            needs_input,
+            ctx.weight_dtype,
+            ctx.bias_dtype,
+            needs_residual and ctx.code != 0,
+        )
+        if needs_residual and ctx.code == 0:
+            grad_residual = grad_output
+        return grad_input, grad_weight, grad_bias, grad_residual, *(None,) * 6
+
+
+def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = reference.backward(
+        grad_output,
+        *ctx.saved_tensors,
+        ctx.strides,
+        ACTIVATIONS[ctx.code],
+        ctx.negative_slope,
+    )
+    dtypes = (None, ctx.weight_dtype, ctx.bias_dtype, None)
+    wanted = (
+        (g if dtype is None or g is None else g.to(dtype)) if needed else None
+        for g, dtype, needed in zip(gradients, dtypes, ctx.needs_input_grad, strict=False)
+    )
+    return *wanted, *(None,) * 6
+
+
+def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
+    """Whether something other than the eager kernels has to see PyTorch's own operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or has_torch_function((input,))
+        or running_mean.requires_grad
+        or running_var.requires_grad
+        or input.device.type in ops.unavailable
+        or (input.device.type != "cpu" and (not input.is_cuda or input.dtype == torch.float64))
+    )
+
+
+def frozen_batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Batch normalization with fixed statistics, an optional residual, and an activation, in one pass.
+
+    .. math:: y = act((x - mean) * weight / sqrt(var + eps) + bias + residual)
+
+    This is the inference form of Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2. The
+    mean is subtracted before scaling, which keeps digits where it is large. Arithmetic is in
+    float32 (float64 for a float64 input) whatever the dtypes.
+
+    Args:
+        input: ``[N, C, ...]``, float16, bfloat16, float32 or float64, any strides. Full speed where
+            its elements are gapless in memory (contiguous, ``channels_last``); else it is copied.
+        running_mean: ``[C]``, any of those dtypes, also another than the input's.
+        running_var: ``[C]``, likewise; not negative (not checked: it would stall a GPU).
+        weight: ``[C]`` or ``None`` for ones.
+        bias: ``[C]`` or ``None`` for zeros.
+        eps: added to the variance; finite, at least 0.
+        activation: ``None``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"`` or
+            ``"hardswish"``.
+        negative_slope: of ``"leaky_relu"``.
+        residual: added before the activation; shape, dtype and device of ``input``.
+        inplace: write the result over ``input`` and return it. Saves memory unless the gradient of
+            the weight or of a smooth activation needs the input, of which a copy is then kept.
+
+    Returns:
+        A tensor of the shape, dtype and memory order of ``input``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, ``eps`` is negative or not finite, or
+            ``inplace`` would overwrite a leaf that requires grad or an expanded tensor. Nothing has
+            been modified then.
+        ValueError: an unknown ``activation``.
+
+    Gradients flow to ``input``, ``weight``, ``bias`` and ``residual``, each computed only if needed.
+    """
+    if _takes_plain_path(input, running_mean, running_var):
+        return reference.frozen_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            negative_slope=negative_slope,
+            residual=residual,
+            inplace=inplace,
+        )
+    code = activation_code(activation)
+    if inplace:
+        check_inplace(input)
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _FrozenBatchNorm.apply(  # type: ignore[no-any-return]
+            input,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            eps,
+            code,
+            negative_slope,
+            inplace,
+        )
+    arguments = (running_mean, running_var, weight, bias, residual, eps, code, negative_slope)
+    if inplace:
+        _forward_(input, *arguments, False)
+        torch.autograd.graph.increment_version(input)
+        return input
+    output: Tensor = _forward(input, *arguments, False)[0]
+    return output

@@ -1,0 +1,159 @@
+"""Modules: batch normalization whose statistics are constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .checks import activation_code, fail
+from .functional import frozen_batch_norm
+
+
+class _FrozenBatchNorm(nn.Module):
+    """What the modules of all ranks share. ``train()`` and ``eval()`` change nothing."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+
+    #: The numbers of input dimensions taken; empty for any.
+    _ranks: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        *,
+        affine: bool = True,
+        freeze_affine: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        activation_code(activation)
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        self.freeze_affine = freeze_affine
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.inplace = inplace
+        # What convert_frozen_bn replaced, for unfreeze_bn; in a list, so as not to be a submodule.
+        self._original: list[nn.Module] = []
+
+        def constant(value: float) -> Tensor:
+            return torch.full([num_features], value, device=device, dtype=dtype)
+
+        self._register_affine("weight", constant(1.0) if affine else None)
+        self._register_affine("bias", constant(0.0) if affine else None)
+        self.register_buffer("running_mean", constant(0.0))
+        self.register_buffer("running_var", constant(1.0))
+
+    def _register_affine(self, name: str, value: Tensor | None) -> None:
+        if self.freeze_affine:
+            self.register_buffer(name, value)
+        else:
+            self.register_parameter(name, None if value is None else Parameter(value))
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalize ``input``, add ``residual`` (same shape and dtype), apply the activation."""
+        if self._ranks and input.dim() not in self._ranks:
+            ranks = " or ".join(map(str, self._ranks))
+            raise fail("forward", f"input to have {ranks} dimensions", f"shape {list(input.shape)}")
+        return frozen_batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+            inplace=self.inplace,
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # Checkpoints of a live BatchNorm count its batches; only unfreeze_bn has a use for that.
+        key = prefix + "num_batches_tracked"
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        if key in state_dict:
+            for original in self._original:
+                original.num_batches_tracked = state_dict[key].detach().clone()
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.num_features}, eps={self.eps}, affine={self.affine}, "
+            f"freeze_affine={self.freeze_affine}"
+        )
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        return text + (", inplace=True" if self.inplace else "")
+
+
+class FrozenBatchNorm1d(_FrozenBatchNorm):
+    """Batch normalization of ``[N, C]`` or ``[N, C, L]`` inputs with fixed statistics.
+
+    See :class:`FrozenBatchNorm2d`.
+    """
+
+    _ranks = (2, 3)
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm):
+    """Batch normalization of ``[N, C, H, W]`` inputs with fixed statistics.
+
+    A drop-in for ``torchvision.ops.FrozenBatchNorm2d`` (also as ``norm_layer=``) and for a
+    ``torch.nn.BatchNorm2d`` whose statistics must not move; ``state_dict`` keys are the same, and
+    checkpoints load strictly with or without ``num_batches_tracked``. The formula is that of
+    :func:`frozen_bn.frozen_batch_norm`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        affine: whether there are weight and bias.
+        freeze_affine: they are buffers, which no optimizer sees; else trainable parameters.
+        activation: applied in the same pass; see :func:`frozen_bn.frozen_batch_norm`.
+        negative_slope: of ``"leaky_relu"``.
+        inplace: write the output over the input.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers; need not be the input's.
+
+    Raises:
+        ValueError: an unknown ``activation``.
+        RuntimeError: from ``forward``, for an input of another rank, or as
+            :func:`frozen_bn.frozen_batch_norm`.
+    """
+
+    _ranks = (4,)
+
+
+class FrozenBatchNorm3d(_FrozenBatchNorm):
+    """Batch normalization of ``[N, C, D, H, W]`` inputs with fixed statistics.
+
+    See :class:`FrozenBatchNorm2d`.
+    """
+
+    _ranks = (5,)

@@ -1,0 +1,113 @@
+"""The formula in plain PyTorch: the oracle of the tests, and the path taken wherever the kernels
+do not apply (compilers, tracers, transforms, other devices)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import activation_code, check_forward, check_inplace
+
+
+def _activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "relu6":
+        return F.relu6(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    if activation == "silu":
+        return F.silu(z)
+    if activation == "hardswish":
+        return F.hardswish(z)
+    return z
+
+
+def _broadcastable(vector: Tensor, like: Tensor) -> Tensor:
+    """``[C]`` to ``[1, C, 1, ...]``."""
+    return vector.reshape([1, -1] + [1] * (like.dim() - 2))
+
+
+def frozen_batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """What :func:`frozen_bn.frozen_batch_norm` computes, as a composition of PyTorch operators.
+
+    Same arguments, dtypes, shapes and errors; differentiable any number of times in every tensor
+    argument, and transformable by ``torch.func``, ``torch.compile`` and the tracers.
+    """
+    activation_code(activation)
+    check_forward(input, running_mean, running_var, weight, bias, residual, eps)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    scale = torch.rsqrt(running_var.to(dtype) + eps)
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    mean = _broadcastable(running_mean.to(dtype), input)
+    z = (input.to(dtype) - mean) * _broadcastable(scale, input)
+    if bias is not None:
+        z = z + _broadcastable(bias.to(dtype), input)
+    if residual is not None:
+        z = z + residual.to(dtype)
+    output = _activate(z, activation, negative_slope).to(input.dtype)
+    if inplace:
+        check_inplace(input)
+        return input.copy_(output)
+    return output
+
+
+def backward(
+    grad_output: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    strides: tuple[int, ...],
+    activation: str | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The gradients of input, weight, bias and residual as differentiable functions of the tensors
+    given: the backward pass under ``create_graph=True``.
+
+    ``coefficients`` and ``mask`` are what ``frozen_bn::forward`` saved; ``weight`` and ``bias`` are
+    given where they are differentiable. The weight gradient is ``None`` without ``input``.
+    """
+    dtype = coefficients.dtype
+    mean, scale, shift, inv_std = (_broadcastable(row, grad_output) for row in coefficients)
+    if weight is not None:
+        scale = _broadcastable(weight.to(dtype), grad_output) * inv_std
+    if bias is not None:
+        shift = _broadcastable(bias.to(dtype), grad_output)
+    g = grad_output.to(dtype)
+    if mask is not None:
+        slope = negative_slope if activation == "leaky_relu" else 0.0
+        g = torch.where(_unpack(mask, grad_output.shape, strides), g * slope, g)
+    elif activation is not None:
+        assert input is not None
+        z = (input.to(dtype) - mean) * scale + shift
+        if residual is not None:
+            z = z + residual.to(dtype)
+        (g,) = torch.autograd.grad(_activate(z, activation, 0.0), z, g, create_graph=True)
+    others = [d for d in range(grad_output.dim()) if d != 1]
+    grad_weight = None
+    if input is not None:
+        grad_weight = (g * (input.to(dtype) - mean) * inv_std).sum(others)
+    return (g * scale).to(grad_output.dtype), grad_weight, g.sum(others), g.to(grad_output.dtype)
+
+
+def _unpack(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """The bits of a mask as booleans, in the shape of the tensor that they belong to."""
+    bits = (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return bits.flatten()[: shape.numel()].as_strided(shape, strides).bool()
