@@ -62,6 +62,7 @@ def extensions() -> tuple[list, dict]:
     architectures = "none" if reason else os.environ["TORCH_CUDA_ARCH_LIST"]
     stable_abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and later
     cxx = ["-std=c++20", "-O2", "-fvisibility=hidden", "-Wall", "-Wno-psabi", stable_abi]
+    jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
     facts = {
         "TORCH": torch.__version__,
         "CUDA": "none" if reason else torch.version.cuda,
@@ -81,9 +82,10 @@ def extensions() -> tuple[list, dict]:
             CUDAExtension(
                 "frozen_bn._cuda",
                 ["csrc/cuda/ops.cpp", "csrc/cuda/launch.cu"],
+                define_macros=[("USE_CUDA", None)],  # torch's headers ask for it
                 extra_compile_args={
                     "cxx": cxx,
-                    "nvcc": ["-std=c++20", "-O3", "-lineinfo", stable_abi],
+                    "nvcc": ["-std=c++20", "-O3", "-lineinfo", f"--threads={jobs}", stable_abi],
                 },
             )
         )
@@ -92,4 +94,9 @@ def extensions() -> tuple[list, dict]:
 
 
 ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+# One folder for objects, so that an editable install and a wheel compile them once.
+setup(
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+    options={"build_ext": {"build_temp": "build/temp"}},
+)

@@ -24,17 +24,17 @@ enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHard
 constexpr int64_t kActivations = 6;
 
 // Piecewise-linear: the gradient needs one bit an element.
-constexpr bool needs_mask(Activation a) {
+FROZEN_BN_INLINE constexpr bool needs_mask(Activation a) {
   return a == Activation::kRelu || a == Activation::kRelu6 || a == Activation::kLeakyRelu;
 }
 
 // Smooth: the gradient needs the pre-activation, so the input (and the residual) again.
-constexpr bool needs_input(Activation a) {
+FROZEN_BN_INLINE constexpr bool needs_input(Activation a) {
   return a == Activation::kSilu || a == Activation::kHardswish;
 }
 
 // The backward pass sees no difference between activations that block a gradient alike.
-constexpr Activation gradient_kind(Activation a) {
+FROZEN_BN_INLINE constexpr Activation gradient_kind(Activation a) {
   return a == Activation::kRelu6 ? Activation::kRelu : a;
 }
 

@@ -37,10 +37,6 @@ struct LaunchPlan {
   int64_t partial_width;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 inline LaunchPlan plan_planar(const Layout& layout) {
   LaunchPlan plan{};
   plan.variant = Variant::kPlanar;

@@ -10,6 +10,10 @@
 
 namespace frozen_bn {
 
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 struct Layout {
   int64_t numel;
   int64_t channels;

@@ -53,6 +53,17 @@ inline ScalarType accumulate_dtype(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline Saved allocate_saved(const ForwardArguments& a, const Layout& layout) {
+  Saved saved;
+  if (!a.save) return saved;
+  saved.coefficients =
+      empty_contiguous({kRows, layout.channels}, accumulate_dtype(a.input), a.input);
+  if (needs_mask(a.activation)) {
+    saved.mask = empty_contiguous({ceil_div(layout.numel, 8)}, ScalarType::Byte, a.input);
+  }
+  return saved;
+}
+
 inline void check(const char* op, const ForwardArguments& a) {
   check_rank(op, "input", a.input);
   check_dtype(op, "input", a.input);

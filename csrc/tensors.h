@@ -8,12 +8,26 @@
 #include <optional>
 #include <vector>
 
+#include "dtype.h"
 #include "layout.h"
 
 namespace frozen_bn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Dtype::kHalf;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Double: return Dtype::kDouble;
+    default: return Dtype::kFloat;
+  }
+}
+
+inline void* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->data_ptr() : nullptr;
+}
 
 inline std::optional<Layout> dense_layout(const Tensor& t) {
   return dense_layout(t.dim(), t.sizes().data(), t.strides().data());

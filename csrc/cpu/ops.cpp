@@ -23,15 +23,6 @@ constexpr int64_t kStreamBytes = int64_t{4} << 20;
 // Fresh memory of this size is mapped anew by the allocator, and faults page by page.
 constexpr int64_t kHugePageBytes = int64_t{2} << 20;
 
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return Dtype::kHalf;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Double: return Dtype::kDouble;
-    default: return Dtype::kFloat;
-  }
-}
-
 int64_t bytes_of(const Tensor& t) {
   return t.numel() * static_cast<int64_t>(t.element_size());
 }
@@ -53,8 +44,7 @@ bool should_stream(const Tensor& output) {
 }
 
 int64_t range_count(int64_t numel) {
-  const int64_t most = (numel + kGrainElements - 1) / kGrainElements;
-  return std::min<int64_t>(torch::stable::get_num_threads(), most);
+  return std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(numel, kGrainElements));
 }
 
 // Splits the elements into one range a thread and calls f(range, begin, end). The ranges depend
@@ -62,7 +52,7 @@ int64_t range_count(int64_t numel) {
 template <class F>
 void for_each_range(int64_t numel, F f) {
   const int64_t ranges = range_count(numel);
-  const int64_t units = (numel + kRangeAlignment - 1) / kRangeAlignment;
+  const int64_t units = ceil_div(numel, kRangeAlignment);
   const auto start = [&](int64_t range) {
     return std::min(numel, units * range / ranges * kRangeAlignment);
   };
@@ -161,14 +151,7 @@ auto with_acc_type(const Tensor& t, F f) {
 }
 
 Saved run_forward(const ForwardArguments& a, const Layout& layout, const Tensor& output) {
-  Saved saved;
-  if (a.save) {
-    saved.coefficients =
-        empty_contiguous({kRows, layout.channels}, accumulate_dtype(a.input), a.input);
-    if (needs_mask(a.activation)) {
-      saved.mask = empty_contiguous({(layout.numel + 7) / 8}, ScalarType::Byte, a.input);
-    }
-  }
+  Saved saved = allocate_saved(a, layout);
   const bool in_place = output.data_ptr() == a.input.data_ptr();
   if (!in_place) advise_huge_pages(output);
   with_acc_type(a.input, [&](auto zero) {
@@ -180,9 +163,9 @@ Saved run_forward(const ForwardArguments& a, const Layout& layout, const Tensor&
     const KernelCoefficients<T> coefficients(rows, layout);
     const ForwardParams params{
         a.input.const_data_ptr(),
-        a.residual ? a.residual->const_data_ptr() : nullptr,
+        data_or_null(a.residual),
         output.mutable_data_ptr(),
-        saved.mask ? static_cast<uint8_t*>(saved.mask->mutable_data_ptr()) : nullptr,
+        static_cast<uint8_t*>(data_or_null(saved.mask)),
         layout,
         coefficients.view(),
         a.negative_slope,
@@ -246,9 +229,6 @@ void write_affine_gradients(
 }
 
 void run_backward(const BackwardArguments& a, const Layout& layout, const Gradients& gradients) {
-  const auto pointer = [](const std::optional<Tensor>& t) {
-    return t ? t->data_ptr() : nullptr;
-  };
   if (gradients.input) advise_huge_pages(*gradients.input);
   if (gradients.residual) advise_huge_pages(*gradients.residual);
   const bool wants_sums = gradients.weight || gradients.bias;
@@ -258,11 +238,11 @@ void run_backward(const BackwardArguments& a, const Layout& layout, const Gradie
     const KernelCoefficients<T> coefficients(rows, layout);
     const BackwardParams params{
         a.grad_output.const_data_ptr(),
-        static_cast<const uint8_t*>(pointer(a.mask)),
-        needs_input(a.activation) || gradients.weight ? pointer(a.input) : nullptr,
-        pointer(a.residual),
-        pointer(gradients.input),
-        pointer(gradients.residual),
+        static_cast<const uint8_t*>(data_or_null(a.mask)),
+        needs_input(a.activation) || gradients.weight ? data_or_null(a.input) : nullptr,
+        data_or_null(a.residual),
+        data_or_null(gradients.input),
+        data_or_null(gradients.residual),
         layout,
         coefficients.view(),
         a.negative_slope,

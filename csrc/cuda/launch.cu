@@ -1,0 +1,80 @@
+// Picks the instantiation and launches it. Torch-free.
+#include "launch.h"
+
+#include "kernels.cuh"
+
+namespace frozen_bn::cuda {
+namespace {
+
+// Calls f with a null pointer of the storage type and the activation, both as compile-time facts.
+template <class F>
+cudaError_t dispatch(Dtype dtype, Activation activation, F f) {
+  dispatch_activation(activation, [&](auto act) {
+    switch (dtype) {
+      case Dtype::kHalf: return f(static_cast<__half*>(nullptr), act);
+      case Dtype::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr), act);
+      default: return f(static_cast<float*>(nullptr), act);
+    }
+  });
+  return cudaGetLastError();
+}
+
+template <class Kernel, class Params>
+void launch(Kernel kernel, const LaunchPlan& plan, const Params& params, cudaStream_t stream) {
+  const dim3 grid(plan.grid_x, plan.grid_y), block(plan.block_x, plan.block_y);
+  kernel<<<grid, block, 0, stream>>>(params);
+}
+
+}  // namespace
+
+Index make_index(const Layout& layout, const LaunchPlan& plan) {
+  Index index{};
+  index.numel = layout.numel;
+  index.inner = layout.inner;
+  index.channels = layout.channels;
+  index.wide = plan.wide;
+  if (!plan.wide) {
+    index.by_inner = FastDivisor(static_cast<uint32_t>(layout.inner));
+    index.by_channels = FastDivisor(static_cast<uint32_t>(layout.channels));
+  }
+  index.tile_inner = static_cast<uint32_t>(std::min<int64_t>(layout.inner, kTileSize));
+  index.by_tile_inner = FastDivisor(index.tile_inner);
+  index.columns = plan.columns;
+  return index;
+}
+
+cudaError_t launch_forward(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardParams& params,
+    cudaStream_t stream) {
+  return dispatch(dtype, activation, [&](auto* storage, auto act) {
+    using T = std::remove_pointer_t<decltype(storage)>;
+    launch(
+        plan.variant == Variant::kPlanar ? frozen_bn_forward_planar_kernel<T, act.value>
+                                         : frozen_bn_forward_periodic_kernel<T, act.value>,
+        plan, params, stream);
+  });
+}
+
+cudaError_t launch_backward(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardParams& params,
+    cudaStream_t stream) {
+  return dispatch(dtype, gradient_kind(activation), [&](auto* storage, auto act) {
+    using T = std::remove_pointer_t<decltype(storage)>;
+    const auto with_sums = [&](auto sums) {
+      launch(
+          plan.variant == Variant::kPlanar
+              ? frozen_bn_backward_planar_kernel<T, act.value, sums.value>
+              : frozen_bn_backward_periodic_kernel<T, act.value, sums.value>,
+          plan, params, stream);
+    };
+    params.partial_sums ? with_sums(std::true_type{}) : with_sums(std::false_type{});
+  });
+}
+
+cudaError_t launch_reduce(const ReduceParams& params, cudaStream_t stream) {
+  const auto blocks = static_cast<uint32_t>(ceil_div(params.channels, kReduceChannels));
+  frozen_bn_reduce_kernel<<<blocks, dim3(kReduceChannels, kReduceRows), 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace frozen_bn::cuda

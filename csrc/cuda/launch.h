@@ -1,0 +1,23 @@
+// The launches: raw pointers and a stream. Torch-free.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../affine.h"
+#include "params.h"
+
+namespace frozen_bn::cuda {
+
+Index make_index(const Layout& layout, const LaunchPlan& plan);
+
+cudaError_t launch_forward(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardParams& params,
+    cudaStream_t stream);
+
+cudaError_t launch_backward(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardParams& params,
+    cudaStream_t stream);
+
+cudaError_t launch_reduce(const ReduceParams& params, cudaStream_t stream);
+
+}  // namespace frozen_bn::cuda

@@ -1,0 +1,145 @@
+// The CUDA operators: device, stream, allocation, and the launch plan.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../ops.h"
+#include "launch.h"
+
+namespace frozen_bn::cuda {
+namespace {
+
+void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) {
+    fail(op, ": expected the kernel launch to succeed, but got ", cudaGetErrorString(error));
+  }
+}
+
+// The element types that there are kernels for.
+void check_kernel_dtype(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Double) {
+    fail(op, ": expected ", name, " to be float16, bfloat16 or float32 on CUDA, but got float64");
+  }
+}
+
+// Makes the tensor's device current while it lives.
+class Device {
+ public:
+  explicit Device(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+
+  cudaStream_t stream() const {
+    void* stream;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  int multiprocessors() const {
+    int count = 0;
+    check_launch(
+        "device", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    return count;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+ChannelVector channel_vector(const std::optional<Tensor>& t) {
+  return t ? ChannelVector{t->data_ptr(), dtype_of(*t)} : ChannelVector{nullptr, Dtype::kFloat};
+}
+
+bool is_aligned(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  });
+}
+
+Saved run_forward(const ForwardArguments& a, const Layout& layout, const Tensor& output) {
+  check_kernel_dtype("forward", "input", a.input);
+  const Device device(a.input);
+  Saved saved = allocate_saved(a, layout);
+  if (layout.numel == 0) return saved;
+  const LaunchPlan plan = plan_launch(layout, device.multiprocessors());
+  ForwardParams params{};
+  params.index = make_index(layout, plan);
+  params.input = a.input.data_ptr();
+  params.residual = data_or_null(a.residual);
+  params.output = output.data_ptr();
+  params.mask = static_cast<uint8_t*>(data_or_null(saved.mask));
+  params.coefficients = static_cast<float*>(data_or_null(saved.coefficients));
+  params.mean = channel_vector(a.running_mean);
+  params.var = channel_vector(a.running_var);
+  params.weight = channel_vector(a.weight);
+  params.bias = channel_vector(a.bias);
+  params.eps = static_cast<float>(a.eps);
+  params.negative_slope = static_cast<float>(a.negative_slope);
+  params.vector_access = is_aligned({params.input, params.residual, params.output});
+  check_launch(
+      "forward",
+      launch_forward(dtype_of(a.input), a.activation, plan, params, device.stream()));
+  return saved;
+}
+
+void reduce_partial_sums(
+    const BackwardParams& backward,
+    const Layout& layout,
+    const LaunchPlan& plan,
+    const Gradients& gradients,
+    cudaStream_t stream) {
+  ReduceParams params{};
+  params.partial_sums = backward.partial_sums;
+  params.rows = plan.partial_rows;
+  params.width = plan.partial_width;
+  params.run = plan.variant == Variant::kPlanar ? 1 : layout.inner;
+  params.channels = layout.channels;
+  params.inv_std = backward.coefficients + kInvStd * layout.channels;
+  params.grad_weight = data_or_null(gradients.weight);
+  params.grad_bias = data_or_null(gradients.bias);
+  if (gradients.weight) params.weight_dtype = dtype_of(*gradients.weight);
+  if (gradients.bias) params.bias_dtype = dtype_of(*gradients.bias);
+  check_launch("backward", launch_reduce(params, stream));
+}
+
+void run_backward(const BackwardArguments& a, const Layout& layout, const Gradients& gradients) {
+  check_kernel_dtype("backward", "grad_output", a.grad_output);
+  const Device device(a.grad_output);
+  if (layout.numel == 0) {
+    if (gradients.weight) torch::stable::zero_(const_cast<Tensor&>(*gradients.weight));
+    if (gradients.bias) torch::stable::zero_(const_cast<Tensor&>(*gradients.bias));
+    return;
+  }
+  const LaunchPlan plan = plan_launch(layout, device.multiprocessors());
+  const bool wants_sums = gradients.weight || gradients.bias;
+  std::optional<Tensor> partial_sums;
+  if (wants_sums) {
+    partial_sums = empty_contiguous(
+        {plan.partial_rows, 2, plan.partial_width}, ScalarType::Float, a.grad_output);
+  }
+  BackwardParams params{};
+  params.index = make_index(layout, plan);
+  params.grad_output = a.grad_output.data_ptr();
+  params.input = needs_input(a.activation) || gradients.weight ? data_or_null(a.input) : nullptr;
+  params.residual = needs_input(a.activation) ? data_or_null(a.residual) : nullptr;
+  params.mask = static_cast<const uint8_t*>(data_or_null(a.mask));
+  params.coefficients = static_cast<const float*>(a.coefficients.data_ptr());
+  params.grad_input = data_or_null(gradients.input);
+  params.grad_residual = data_or_null(gradients.residual);
+  params.partial_sums = static_cast<float*>(data_or_null(partial_sums));
+  params.partial_width = plan.partial_width;
+  params.segments = static_cast<uint32_t>(plan.segments);
+  params.negative_slope = static_cast<float>(a.negative_slope);
+  params.vector_access = is_aligned(
+      {params.grad_output, params.input, params.residual, params.grad_input,
+       params.grad_residual});
+  check_launch(
+      "backward",
+      launch_backward(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));
+  if (wants_sums) reduce_partial_sums(params, layout, plan, gradients, device.stream());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(frozen_bn, CUDA, library) {
+  Operators<run_forward, run_backward>::register_in(library);
+}
+
+}  // namespace frozen_bn::cuda

@@ -1,0 +1,86 @@
+// What the host hands to the CUDA kernels. Torch-free; travels by value.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "../launch_plan.h"
+
+namespace frozen_bn::cuda {
+
+// x / divisor for x < 2^31 by multiplication (Granlund & Montgomery, "Division by Invariant
+// Integers using Multiplication", 1994).
+struct FastDivisor {
+  uint32_t divisor;
+  uint32_t multiplier;
+  uint32_t shift;
+
+  FastDivisor() = default;
+  explicit FastDivisor(uint32_t d) : divisor(d), shift(0) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+};
+
+// The index model, ready for the device.
+struct Index {
+  int64_t numel;
+  int64_t inner;
+  int64_t channels;
+  FastDivisor by_inner;     // where not wide
+  FastDivisor by_channels;  // where not wide
+  uint32_t tile_inner;      // min(inner, kTileSize)
+  FastDivisor by_tile_inner;
+  int64_t columns;
+  bool wide;
+};
+
+// [C], of any floating type.
+struct ChannelVector {
+  const void* data;  // or null
+  Dtype dtype;
+};
+
+struct ForwardParams {
+  Index index;
+  const void* input;
+  const void* residual;  // or null
+  void* output;
+  uint8_t* mask;        // or null; one byte a pack
+  float* coefficients;  // or null; [kRows, C]
+  ChannelVector mean, var, weight, bias;
+  float eps;
+  float negative_slope;
+  bool vector_access;  // every tensor is aligned to 16 bytes
+};
+
+struct BackwardParams {
+  Index index;
+  const void* grad_output;
+  const void* input;     // smooth activations, weight gradients; or null
+  const void* residual;  // smooth activations; or null
+  const uint8_t* mask;   // piecewise-linear activations
+  const float* coefficients;
+  void* grad_input;     // or null
+  void* grad_residual;  // or null
+  float* partial_sums;  // or null; [partial_rows, 2, partial_width]
+  int64_t partial_width;
+  uint32_t segments;
+  float negative_slope;
+  bool vector_access;
+};
+
+struct ReduceParams {
+  const float* partial_sums;  // [rows, 2, width]
+  int64_t rows;
+  int64_t width;
+  int64_t run;  // neighbouring sums of one channel: inner where periodic, else 1
+  int64_t channels;
+  const float* inv_std;  // [C]
+  void* grad_weight;     // or null
+  void* grad_bias;       // or null
+  Dtype weight_dtype;
+  Dtype bias_dtype;
+};
+
+}  // namespace frozen_bn::cuda
