@@ -2,7 +2,9 @@
 // paths that do not come here. A failed check throws before anything is written.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -34,6 +36,11 @@ inline std::string shape_text(const int64_t* sizes, size_t dim) {
 
 inline std::string shape_text(const Tensor& t) {
   return shape_text(t.sizes().data(), t.dim());
+}
+
+inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  const auto sizes = t.sizes();
+  return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
 }
 
 inline std::string dtype_text(ScalarType dtype) {
@@ -93,57 +100,53 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
 }
 
 // A tensor that has to match `input` in everything but strides.
-inline void check_like(
-    const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& input) {
-  if (!t) return;
-  check_shape(op, name, *t, input);
-  if (t->scalar_type() != input.scalar_type()) {
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+  check_shape(op, name, t, input);
+  if (t.scalar_type() != input.scalar_type()) {
     fail(op, ": expected ", name, " to be ", dtype_text(input.scalar_type()), ", but got ",
-         dtype_text(t->scalar_type()));
+         dtype_text(t.scalar_type()));
   }
-  check_device(op, name, *t, input);
+  check_device(op, name, t, input);
+}
+
+inline void check_given(const char* op, const char* name, const std::optional<Tensor>& t) {
+  if (!t) fail(op, ": expected ", name, ", but got None");
 }
 
 inline void check_channel_vector(
-    const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& input) {
-  if (!t) return;
+    const char* op, const char* name, const Tensor& t, const Tensor& input) {
   const int64_t channels = input.size(1);
-  if (t->dim() != 1 || t->size(0) != channels) {
+  if (t.dim() != 1 || t.size(0) != channels) {
     fail(op, ": expected ", name, " to have shape ", shape_text(&channels, 1), ", but got ",
-         shape_text(*t));
-  }
-  check_dtype(op, name, *t);
-  check_device(op, name, *t, input);
-}
-
-inline void check_coefficients(const char* op, const Tensor& t, const Tensor& grad_output) {
-  const int64_t expected[] = {kRows, grad_output.size(1)};
-  if (t.dim() != 2 || t.size(0) != expected[0] || t.size(1) != expected[1]) {
-    fail(op, ": expected coefficients to have shape ", shape_text(expected, 2), ", but got ",
          shape_text(t));
   }
-  check_device(op, "coefficients", t, grad_output);
+  check_dtype(op, name, t);
+  check_device(op, name, t, input);
 }
 
-inline void check_mask(const char* op, const std::optional<Tensor>& t, const Tensor& grad_output) {
-  const int64_t bytes = (grad_output.numel() + 7) / 8;
-  if (!t) fail(op, ": expected mask, but got None");
-  if (t->scalar_type() != ScalarType::Byte || t->numel() != bytes) {
-    fail(op, ": expected mask to be uint8 of shape ", shape_text(&bytes, 1), ", but got ",
-         dtype_text(t->scalar_type()), " of shape ", shape_text(*t));
-  }
-  check_device(op, "mask", *t, grad_output);
+inline ScalarType arithmetic_dtype(const Tensor& input) {
+  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline const std::vector<int64_t>& check_strides(
-    const char* op, const std::vector<int64_t>& strides, const Tensor& grad_output) {
-  const auto sizes = grad_output.sizes();
-  if (strides.size() != sizes.size() ||
-      !dense_layout(sizes.size(), sizes.data(), strides.data())) {
-    fail(op, ": expected strides to lay out shape ", shape_text(grad_output),
-         " without gaps, but got ", shape_text(strides.data(), strides.size()));
+// A gapless tensor of this dtype and shape: what only the package's own Python hands over.
+inline void check_internal(
+    const char* op, const char* name, const Tensor& t, ScalarType dtype,
+    std::initializer_list<int64_t> shape, const Tensor& input) {
+  if (t.scalar_type() != dtype || !t.is_contiguous() ||
+      !has_shape(t, shape)) {
+    fail(op, ": expected ", name, " to be contiguous ", dtype_text(dtype), " of shape ",
+         shape_text(shape.begin(), shape.size()), ", but got ", dtype_text(t.scalar_type()),
+         " of shape ", shape_text(t));
   }
-  return strides;
+  check_device(op, name, t, input);
+}
+
+inline void check_coefficients(const char* op, const Tensor& t, const Tensor& input) {
+  check_internal(op, "coefficients", t, arithmetic_dtype(input), {kRows, input.size(1)}, input);
+}
+
+inline void check_mask(const char* op, const Tensor& t, const Tensor& input) {
+  check_internal(op, "mask", t, ScalarType::Byte, {ceil_div(input.numel(), 8)}, input);
 }
 
 // Writing in place to an element that stands for several would write it several times.

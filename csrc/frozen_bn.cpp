@@ -7,23 +7,17 @@
 #include "cpu/kernels.h"
 
 STABLE_TORCH_LIBRARY(frozen_bn, library) {
-  // act((input - running_mean) * weight / sqrt(running_var + eps) + bias + residual), and, if
-  // `save`, what backward takes: coefficients and, for a piecewise-linear activation, mask.
+  // output = act((input - running_mean) * weight / sqrt(running_var + eps) + bias + residual),
+  // and what backward takes of it: coefficients and, for a piecewise-linear activation, mask.
   library.def(
       "forward(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight,"
       " Tensor? bias, Tensor? residual, float eps, int activation, float negative_slope,"
-      " bool save) -> (Tensor output, Tensor? coefficients, Tensor? mask)");
-  library.def(
-      "forward_(Tensor(a!) input, Tensor running_mean, Tensor running_var, Tensor? weight,"
-      " Tensor? bias, Tensor? residual, float eps, int activation, float negative_slope,"
-      " bool save) -> (Tensor? coefficients, Tensor? mask)");
-  // The gradients asked for, None for the others; those of weight and bias by naming their dtype.
+      " Tensor(a!) output, Tensor(b!)? coefficients, Tensor(c!)? mask) -> ()");
+  // The gradients that are given a tensor. With a mask, grad_input is always one of them.
   library.def(
       "backward(Tensor grad_output, Tensor coefficients, Tensor? mask, Tensor? input,"
-      " Tensor? residual, int[] strides, int activation, float negative_slope,"
-      " bool input_gradient, ScalarType? weight_gradient, ScalarType? bias_gradient,"
-      " bool residual_gradient)"
-      " -> (Tensor? input, Tensor? weight, Tensor? bias, Tensor? residual)");
+      " Tensor? residual, int activation, float negative_slope, Tensor(a!)? grad_input,"
+      " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? grad_residual) -> ()");
 }
 
 PYBIND11_MODULE(_C, module) {

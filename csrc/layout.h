@@ -6,13 +6,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 namespace frozen_bn {
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
+
+constexpr int64_t kMaxDimensions = 64;  // torch's own limit
 
 struct Layout {
   int64_t numel;
@@ -24,20 +25,18 @@ struct Layout {
 // one gapless block (sliced, expanded): such a tensor has to be made dense first.
 inline std::optional<Layout> dense_layout(
     int64_t dim, const int64_t* sizes, const int64_t* strides) {
-  std::vector<int64_t> order;
-  int64_t numel = 1;
+  int64_t order[kMaxDimensions];
+  int64_t used = 0, numel = 1;
   for (int64_t d = 0; d < dim; ++d) {
     numel *= sizes[d];
-    if (sizes[d] != 1) order.push_back(d);
+    if (sizes[d] != 1) order[used++] = d;
   }
   if (numel == 0) return Layout{0, sizes[1], 1};
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return strides[a] < strides[b];
-  });
+  std::sort(order, order + used, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   int64_t gapless_stride = 1;
-  for (int64_t d : order) {
-    if (strides[d] != gapless_stride) return std::nullopt;
-    gapless_stride *= sizes[d];
+  for (int64_t k = 0; k < used; ++k) {
+    if (strides[order[k]] != gapless_stride) return std::nullopt;
+    gapless_stride *= sizes[order[k]];
   }
   return Layout{numel, sizes[1], sizes[1] > 1 ? strides[1] : numel};
 }

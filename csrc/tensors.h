@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <vector>
 
 #include "dtype.h"
 #include "layout.h"
@@ -33,57 +32,35 @@ inline std::optional<Layout> dense_layout(const Tensor& t) {
   return dense_layout(t.dim(), t.sizes().data(), t.strides().data());
 }
 
-inline Tensor empty_strided(
-    const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype, const Tensor& like) {
+inline Tensor empty_strided_like(const Tensor& t, const int64_t* strides) {
   AtenTensorHandle handle;
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type, dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, code, device_type, like.get_device_index(), &handle));
+      t.dim(), t.sizes().data(), strides, dtype, device_type, t.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-// `t` must be dense.
-inline Tensor empty_dense(const Tensor& t) {
-  return empty_strided(
-      t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type(), t);
-}
-
-inline Tensor empty_contiguous(
-    const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  return empty_strided(sizes.data(), strides.data(), sizes.size(), dtype, like);
-}
-
-// `t` itself where its strides are those given, else a copy that has them.
-inline Tensor with_strides(const Tensor& t, const std::vector<int64_t>& strides) {
+// `t` itself where it has the strides of `dense`, a tensor of its shape; else a copy that has.
+inline Tensor with_strides_of(const Tensor& dense, const Tensor& t) {
   bool same = true;
   for (int64_t d = 0; d < t.dim(); ++d) {
-    same = same && (t.size(d) == 1 || t.stride(d) == strides[d]);
+    same = same && (t.size(d) == 1 || t.stride(d) == dense.stride(d));
   }
   if (same) return t;
-  Tensor copy = empty_strided(t.sizes().data(), strides.data(), t.dim(), t.scalar_type(), t);
+  Tensor copy = empty_strided_like(t, dense.strides().data());
   torch::stable::copy_(copy, t);
   return copy;
 }
 
-inline std::vector<int64_t> strides_of(const Tensor& t) {
-  return {t.strides().begin(), t.strides().end()};
-}
-
-// A dense tensor with the elements, and as far as can be the order of dimensions, of `t`.
+// A gapless copy, as far as can be with the same order of dimensions.
 inline Tensor make_dense(const Tensor& t) {
-  return with_strides(t, strides_of(torch::stable::empty_like(t)));
+  return with_strides_of(torch::stable::empty_like(t), t);
 }
 
-inline Tensor gapless(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-inline std::optional<Tensor> gapless(const std::optional<Tensor>& t) {
-  return t ? std::optional(gapless(*t)) : t;
+inline Tensor gapless(const Tensor& vector) {
+  return vector.is_contiguous() ? vector : torch::stable::contiguous(vector);
 }
 
 }  // namespace frozen_bn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -67,13 +68,35 @@ def _frozen_class(module: nn.Module) -> type[_FrozenBatchNorm]:
     return _FROZEN_CLASSES[kind]
 
 
+def _check_unaltered(module: nn.Module) -> None:
+    """Pruning, weight norm, observers and the like register more than the class does, and take
+    part in what the layer computes; so does a ``forward`` of its own."""
+    usual = {*_VECTORS, "num_batches_tracked"}
+    if _is_library_class(type(module)):
+        usual |= {"act", "drop"}
+    registered = {*module._parameters, *module._buffers, *module._modules}
+    altered = (registered - usual) | (set(_VECTORS) - registered) | ({"forward"} & {*vars(module)})
+    if altered:
+        names = ", ".join(sorted(altered))
+        raise _CannotFreeze(f"it was altered ({names}) and may compute something else")
+    if module.running_mean is None or module.running_var is None:
+        raise _CannotFreeze("track_running_stats=False, there are no statistics to freeze")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(value for name, value in vars(module).items() if "hooks" in name)
+
+
 def _activation(module: nn.Module) -> dict[str, Any]:
     """The activation that timm's BatchNormAct2d carries, as arguments of ours."""
-    act = getattr(module, "act", nn.Identity())
-    if not isinstance(getattr(module, "drop", nn.Identity()), nn.Identity):
+    act = module._modules.get("act") or nn.Identity()
+    drop = module._modules.get("drop") or nn.Identity()
+    if not isinstance(drop, nn.Identity):
         raise _CannotFreeze("it has a dropout between normalization and activation")
     if type(act) not in _FUSED_ACTIVATIONS:
         raise _CannotFreeze(f"its activation {type(act).__name__} has no fused form")
+    if _has_hooks(act) or _has_hooks(drop):
+        raise _CannotFreeze("its activation or dropout has hooks, which would no longer be called")
     return {
         "activation": _FUSED_ACTIVATIONS[type(act)],
         "negative_slope": getattr(act, "negative_slope", 0.01),
@@ -81,12 +104,13 @@ def _activation(module: nn.Module) -> dict[str, Any]:
 
 
 def _check_statistics(name: str, module: nn.Module) -> None:
+    op = "convert_frozen_bn"
     mean, var, eps = module.running_mean, module.running_var, float(module.eps)  # type: ignore[arg-type]
-    if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
-        raise _CannotFreeze("track_running_stats=False, there are no statistics to freeze")
+    assert isinstance(mean, Tensor) and isinstance(var, Tensor)
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise fail(op, f"eps of {name!r} to be finite and >= 0", f"{eps:g}")
     if mean.is_meta or mean.numel() == 0:
         return
-    op = "convert_frozen_bn"
     for vector, values in (("running_mean", mean), ("running_var", var)):
         if not torch.isfinite(values).all():
             raise fail(op, f"{vector} of {name!r} to be finite", "NaN or infinity")
@@ -103,13 +127,22 @@ def _never_trained(module: nn.Module) -> bool:
     count = getattr(module, "num_batches_tracked", None)
     if not isinstance(count, Tensor) or count.is_meta or count.item() > 0:
         return False
-    mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+    mean, var = module.running_mean, module.running_var
+    assert isinstance(mean, Tensor) and isinstance(var, Tensor)
     return not mean.any() and bool((var == 1).all())
 
 
+def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+    for attribute, value in vars(source).items():
+        if "hook" in attribute:
+            setattr(target, attribute, value)
+
+
 def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
-    new = _frozen_class(original)(
-        original.get_buffer("running_mean").numel(),
+    frozen_class = _frozen_class(original)
+    _check_unaltered(original)
+    new = frozen_class(
+        original.running_mean.numel(),  # type: ignore[operator]
         original.eps,  # type: ignore[arg-type]
         affine=original.weight is not None,
         freeze_affine=freeze_affine,
@@ -128,10 +161,9 @@ def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
     if isinstance(original, nn.SyncBatchNorm):
         new._ranks = ()
     new.training = original.training
+    _share_hooks(original, new)
     for attribute, value in vars(original).items():
-        if "hook" in attribute:
-            setattr(new, attribute, value)
-        else:
+        if attribute != "_compiled_call_impl":  # that of original.compile() calls the original
             vars(new).setdefault(attribute, value)  # qconfig and the like
     new._original = [original]
     return new
@@ -169,8 +201,8 @@ def convert_frozen_bn(
         ``module``, or its replacement where it is itself a batch normalization.
 
     Raises:
-        RuntimeError: a layer's statistics are not finite, or a variance is negative, or zero with
-            ``eps=0``. Nothing has been modified then.
+        RuntimeError: a layer's statistics or eps are not finite, or a variance or eps is negative,
+            or both are zero. Nothing has been modified then.
     """
     replacements: dict[nn.Module, nn.Module] = {}
     left_alone: dict[nn.Module, str] = {}
@@ -180,13 +212,14 @@ def convert_frozen_bn(
             continue
         if where is not None and not where(name, layer):
             continue
+        name = name or type(layer).__name__
         try:
-            _frozen_class(layer)
-            _check_statistics(name, layer)
-            replacements[layer] = _freeze(layer, freeze_affine)
+            frozen = _freeze(layer, freeze_affine)
         except _CannotFreeze as reason:
             left_alone[layer] = f"frozen_bn: {name!r} is left as it is: {reason}"
             continue
+        _check_statistics(name, layer)
+        replacements[layer] = frozen
         if _never_trained(layer):
             never_trained.append(name)
     for text in left_alone.values():
@@ -207,7 +240,9 @@ def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
     else:
         if frozen.activation is not None:
             raise _CannotFreeze(f"it was made with activation={frozen.activation!r}")
-        live = next(k for k, v in _FROZEN_CLASSES.items() if v is type(frozen))
+        live = next((k for k, v in _FROZEN_CLASSES.items() if v is type(frozen)), None)
+        if live is None:
+            raise _CannotFreeze(f"{type(frozen).__name__} is a subclass, made by hand")
         original = live(frozen.num_features, frozen.eps, affine=frozen.affine)
     for name in _VECTORS:
         value, old = getattr(frozen, name), getattr(original, name)
@@ -219,13 +254,18 @@ def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
             if old.is_meta != value.is_meta:
                 original._parameters[name] = Parameter(value.clone(), old.requires_grad)
             else:
-                old.data = value.clone()  # the same Parameter: an optimizer may know it
+                old.data = value.detach().clone()  # the same Parameter: an optimizer may know it
+                if old.grad is not None:
+                    old.grad.data = old.grad.to(old)
     count = getattr(original, "num_batches_tracked", None)
     if isinstance(count, Tensor):
         device = frozen.running_mean.device
         moved = torch.zeros_like(count, device=device) if count.is_meta else count.to(device)
         original._buffers["num_batches_tracked"] = moved
-    original.training = frozen.training
+    original.eps = frozen.eps  # type: ignore[assignment]
+    _share_hooks(frozen, original)
+    for part in original.modules():
+        part.training = frozen.training
     return original
 
 

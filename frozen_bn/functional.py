@@ -7,17 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
+from torch.overrides import has_torch_function_unary
 
 from . import ops, reference
 from .checks import ACTIVATIONS, activation_code, check_inplace
 
-_SMOOTH = ("silu", "hardswish")
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_MASKED = frozenset(_CODES[name] for name in ("relu", "relu6", "leaky_relu"))
+_SMOOTH = frozenset(_CODES[name] for name in ("silu", "hardswish"))
 
-if "cpu" not in ops.unavailable:
+if "cpu" in ops.live:
     _forward = torch.ops.frozen_bn.forward.default
-    _forward_ = torch.ops.frozen_bn.forward_.default
     _backward = torch.ops.frozen_bn.backward.default
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -39,16 +43,36 @@ class _FrozenBatchNorm(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         _, weight_gradient, bias_gradient, *_ = ctx.needs_input_grad
-        smooth = ACTIVATIONS[code] in _SMOOTH
+        smooth = code in _SMOOTH
         kept = input if weight_gradient or smooth else None
-        arguments = (running_mean, running_var, weight, bias, residual, eps, code, negative_slope)
         if inplace:
             kept = None if kept is None else kept.clone()
-            coefficients, mask = _forward_(input, *arguments, True)
             ctx.mark_dirty(input)
             output = input
         else:
-            output, coefficients, mask = _forward(input, *arguments, True)
+            output = torch.empty_like(input)
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        device = input.device
+        # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
+        # buffers, nobody can change it in the meantime.
+        coefficients = torch.empty((4, input.shape[1]), dtype=dtype, device=device)
+        mask = None
+        if code in _MASKED:
+            mask = torch.empty((input.numel() + 7) // 8, dtype=torch.uint8, device=device)
+        _forward(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            residual,
+            eps,
+            code,
+            negative_slope,
+            output,
+            coefficients,
+            mask,
+        )
         ctx.save_for_backward(
             coefficients,
             mask,
@@ -69,23 +93,34 @@ class _FrozenBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad_output)
         coefficients, mask, input, residual, _, _ = ctx.saved_tensors
-        needs_input, _, _, needs_residual, *_ = ctx.needs_input_grad
-        grad_input, grad_weight, grad_bias, grad_residual = _backward(
+        code = ctx.code
+        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        grad_input = grad_weight = grad_bias = grad_residual = None
+        shape = grad_output.shape
+        if needs_input or mask is not None:
+            grad_input = grad_output.new_empty_strided(shape, ctx.strides)
+        if needs_weight:
+            grad_weight = grad_output.new_empty(shape[1], dtype=ctx.weight_dtype)
+        if needs_bias:
+            grad_bias = grad_output.new_empty(shape[1], dtype=ctx.bias_dtype)
+        if needs_residual and code != 0:
+            grad_residual = grad_output.new_empty_strided(shape, ctx.strides)
+        _backward(
             grad_output,
             coefficients,
             mask,
             input,
             residual,
-            ctx.strides,
-            ctx.code,
+            code,
             ctx.negative_slope,
-            needs_input,
-            ctx.weight_dtype,
-            ctx.bias_dtype,
-            needs_residual and ctx.code != 0,
+            grad_input,
+            grad_weight,
+            grad_bias,
+            grad_residual,
         )
-        if needs_residual and ctx.code == 0:
+        if needs_residual and code == 0:
             grad_residual = grad_output
+        grad_input = grad_input if needs_input else None
         return grad_input, grad_weight, grad_bias, grad_residual, *(None,) * 6
 
 
@@ -107,17 +142,18 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
 
 def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
     """Whether something other than the eager kernels has to see PyTorch's own operators."""
-    return (
+    if (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or _functorch_active()
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or has_torch_function((input,))
+        or has_torch_function_unary(input)
         or running_mean.requires_grad
         or running_var.requires_grad
-        or input.device.type in ops.unavailable
-        or (input.device.type != "cpu" and (not input.is_cuda or input.dtype == torch.float64))
-    )
+    ):
+        return True
+    device = "cuda" if input.is_cuda else "cpu" if input.is_cpu else input.device.type
+    return device not in ops.live or (device == "cuda" and input.dtype == torch.float64)
 
 
 def frozen_batch_norm(
@@ -180,7 +216,9 @@ def frozen_batch_norm(
             residual=residual,
             inplace=inplace,
         )
-    code = activation_code(activation)
+    code = _CODES.get(activation)
+    if code is None:
+        code = activation_code(activation)  # raises
     if inplace:
         check_inplace(input)
     if torch.is_grad_enabled() and (
@@ -201,10 +239,21 @@ def frozen_batch_norm(
             negative_slope,
             inplace,
         )
-    arguments = (running_mean, running_var, weight, bias, residual, eps, code, negative_slope)
+    output = input if inplace else torch.empty_like(input)
+    _forward(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        residual,
+        eps,
+        code,
+        negative_slope,
+        output,
+        None,
+        None,
+    )
     if inplace:
-        _forward_(input, *arguments, False)
         torch.autograd.graph.increment_version(input)
-        return input
-    output: Tensor = _forward(input, *arguments, False)[0]
     return output

@@ -90,6 +90,13 @@ class _FrozenBatchNorm(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        # With assign=True, a Parameter in it would take a buffer's place, for optimizers to see.
+        state_dict = {
+            key: value.detach()
+            if isinstance(value, Parameter) and key.removeprefix(prefix) in self._buffers
+            else value
+            for key, value in state_dict.items()
+        }
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -97,8 +104,8 @@ class _FrozenBatchNorm(nn.Module):
         key = prefix + "num_batches_tracked"
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        if key in state_dict:
-            for original in self._original:
+        for original in self._original:
+            if key in state_dict and "num_batches_tracked" in original._buffers:
                 original.num_batches_tracked = state_dict[key].detach().clone()
 
     def extra_repr(self) -> str:

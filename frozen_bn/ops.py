@@ -11,13 +11,16 @@ from torch import Tensor
 
 from . import checks
 
-#: Why the CPU or CUDA kernels are not there; absent where they are.
+#: The devices that have kernels, and why the others of the two have none.
+live: set[str] = set()
 unavailable: dict[str, str] = {}
 
 
 def _load_cpu() -> None:
     try:
         from . import _C  # noqa: F401  (importing it registers the operators)
+
+        live.add("cpu")
     except ImportError as error:
         unavailable["cpu"] = str(error)
         unavailable["cuda"] = "the CPU half is missing"
@@ -37,6 +40,7 @@ def _load_cuda() -> None:
     else:
         try:
             torch.ops.load_library(library)
+            live.add("cuda")
         except OSError as error:
             unavailable["cuda"] = str(error)
             warnings.warn(
@@ -47,24 +51,11 @@ def _load_cuda() -> None:
 
 
 _load_cpu()
-if "cpu" not in unavailable:
+if "cpu" in live:
     _load_cuda()
 
 
-def _mask_like(input: Tensor) -> Tensor:
-    return input.new_empty([(input.numel() + 7) // 8], dtype=torch.uint8)
-
-
-def _saved_like(input: Tensor, activation: int, save: bool) -> tuple[Tensor | None, Tensor | None]:
-    if not save:
-        return None, None
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    coefficients = input.new_empty([4, input.shape[1]], dtype=dtype)
-    has_mask = checks.ACTIVATIONS[activation] in ("relu", "relu6", "leaky_relu")
-    return coefficients, _mask_like(input) if has_mask else None
-
-
-def _fake_forward_(
+def _fake_forward(
     input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -74,48 +65,17 @@ def _fake_forward_(
     eps: float,
     activation: int,
     negative_slope: float,
-    save: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    checks.check_forward(input, running_mean, running_var, weight, bias, residual, eps)
-    return _saved_like(input, activation, save)
-
-
-def _fake_forward(
-    input: Tensor, *arguments: object
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    saved = _fake_forward_(input, *arguments)  # type: ignore[arg-type]
-    return torch.empty_like(input), *saved
-
-
-def _fake_backward(
-    grad_output: Tensor,
-    coefficients: Tensor,
+    output: Tensor,
+    coefficients: Tensor | None,
     mask: Tensor | None,
-    input: Tensor | None,
-    residual: Tensor | None,
-    strides: list[int],
-    activation: int,
-    negative_slope: float,
-    input_gradient: bool,
-    weight_gradient: torch.dtype | None,
-    bias_gradient: torch.dtype | None,
-    residual_gradient: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    def dense() -> Tensor:
-        return grad_output.new_empty_strided(grad_output.shape, strides)
-
-    def vector(dtype: torch.dtype) -> Tensor:
-        return grad_output.new_empty([grad_output.shape[1]], dtype=dtype)
-
-    return (
-        dense() if input_gradient else None,
-        vector(weight_gradient) if weight_gradient else None,
-        vector(bias_gradient) if bias_gradient else None,
-        dense() if residual_gradient else None,
-    )
+) -> None:
+    checks.check_forward(input, running_mean, running_var, weight, bias, residual, eps)
 
 
-if "cpu" not in unavailable:
+def _fake_backward(*arguments: object) -> None:
+    """The gradients are the caller's: there is nothing to make up."""
+
+
+if "cpu" in live:
     torch.library.register_fake("frozen_bn::forward")(_fake_forward)
-    torch.library.register_fake("frozen_bn::forward_")(_fake_forward_)
     torch.library.register_fake("frozen_bn::backward")(_fake_backward)

@@ -56,14 +56,14 @@ void for_each_range(int64_t numel, F f) {
   const auto start = [&](int64_t range) {
     return std::min(numel, units * range / ranges * kRangeAlignment);
   };
-  if (ranges == 1) return f(0, 0, numel);
+  if (ranges <= 1) return f(0, 0, numel);
   torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t range = begin; range < end; ++range) f(range, start(range), start(range + 1));
   });
 }
 
 template <class T>
-void read_vector(const std::optional<Tensor>& t, double missing, int64_t channels, T* row) {
+void read_vector(const OptionalTensor& t, double missing, int64_t channels, T* row) {
   if (!t) {
     std::fill_n(row, channels, static_cast<T>(missing));
     return;
@@ -146,35 +146,33 @@ class KernelCoefficients {
 };
 
 template <class F>
-auto with_acc_type(const Tensor& t, F f) {
+auto with_arithmetic_type(const Tensor& t, F f) {
   return t.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-Saved run_forward(const ForwardArguments& a, const Layout& layout, const Tensor& output) {
-  Saved saved = allocate_saved(a, layout);
-  const bool in_place = output.data_ptr() == a.input.data_ptr();
-  if (!in_place) advise_huge_pages(output);
-  with_acc_type(a.input, [&](auto zero) {
+void run_forward(const ForwardArguments& a, const Layout& layout) {
+  const bool in_place = a.output.data_ptr() == a.input.data_ptr();
+  if (!in_place) advise_huge_pages(a.output);
+  with_arithmetic_type(a.input, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<T> unsaved(a.save ? 0 : kRows * layout.channels);
-    T* rows = a.save ? saved.coefficients->template mutable_data_ptr<T>() : unsaved.data();
+    std::vector<T> unsaved(a.coefficients ? 0 : kRows * layout.channels);
+    T* rows = a.coefficients ? static_cast<T*>(a.coefficients->data_ptr()) : unsaved.data();
     compute_coefficients(a, layout.channels, rows);
     if (layout.numel == 0) return;
     const KernelCoefficients<T> coefficients(rows, layout);
     const ForwardParams params{
-        a.input.const_data_ptr(),
+        a.input.data_ptr(),
         data_or_null(a.residual),
-        output.mutable_data_ptr(),
-        static_cast<uint8_t*>(data_or_null(saved.mask)),
+        a.output.data_ptr(),
+        static_cast<uint8_t*>(data_or_null(a.mask)),
         layout,
         coefficients.view(),
         a.negative_slope,
-        !in_place && should_stream(output)};
+        !in_place && should_stream(a.output)};
     for_each_range(layout.numel, [&](int64_t, int64_t begin, int64_t end) {
       kernels().forward(dtype_of(a.input), a.activation, params, begin, end);
     });
   });
-  return saved;
 }
 
 // One ChannelSums a range, and their total: kept apart while threads run, added in order after.
@@ -220,34 +218,37 @@ void write_vector(const std::vector<double>& values, const Tensor& t) {
 }
 
 template <class T>
-void write_affine_gradients(
-    const ChannelSums& total, const T* inv_std, int64_t channels, const Gradients& gradients) {
+void write_affine_gradients(const BackwardArguments& a, const ChannelSums& total, int64_t channels) {
+  const T* inv_std = static_cast<const T*>(a.coefficients.data_ptr()) + kInvStd * channels;
   std::vector<double> row(total.g, total.g + channels);
-  if (gradients.bias) write_vector(row, *gradients.bias);
+  if (a.grad_bias) write_vector(row, *a.grad_bias);
   for (int64_t c = 0; c < channels; ++c) row[c] = total.g_centered[c] * inv_std[c];
-  if (gradients.weight) write_vector(row, *gradients.weight);
+  if (a.grad_weight) write_vector(row, *a.grad_weight);
 }
 
-void run_backward(const BackwardArguments& a, const Layout& layout, const Gradients& gradients) {
-  if (gradients.input) advise_huge_pages(*gradients.input);
-  if (gradients.residual) advise_huge_pages(*gradients.residual);
-  const bool wants_sums = gradients.weight || gradients.bias;
-  with_acc_type(a.grad_output, [&](auto zero) {
+void run_backward(const BackwardArguments& a, const Layout& layout) {
+  bool stream = true;
+  for (const OptionalTensor& output : {a.grad_input, a.grad_residual}) {
+    if (!output) continue;
+    advise_huge_pages(*output);
+    stream = stream && should_stream(*output);
+  }
+  const bool wants_sums = a.grad_weight || a.grad_bias;
+  with_arithmetic_type(a.grad_output, [&](auto zero) {
     using T = decltype(zero);
-    const T* rows = a.coefficients.template const_data_ptr<T>();
-    const KernelCoefficients<T> coefficients(rows, layout);
+    const KernelCoefficients<T> coefficients(
+        static_cast<const T*>(a.coefficients.data_ptr()), layout);
     const BackwardParams params{
-        a.grad_output.const_data_ptr(),
+        a.grad_output.data_ptr(),
         static_cast<const uint8_t*>(data_or_null(a.mask)),
-        needs_input(a.activation) || gradients.weight ? data_or_null(a.input) : nullptr,
+        needs_input(a.activation) || a.grad_weight ? data_or_null(a.input) : nullptr,
         data_or_null(a.residual),
-        data_or_null(gradients.input),
-        data_or_null(gradients.residual),
+        data_or_null(a.grad_input),
+        data_or_null(a.grad_residual),
         layout,
         coefficients.view(),
         a.negative_slope,
-        (!gradients.input || should_stream(*gradients.input)) &&
-            (!gradients.residual || should_stream(*gradients.residual))};
+        stream};
     RangeSums<T> sums(
         wants_sums ? std::max<int64_t>(range_count(layout.numel), 1) : 0,
         layout.channels,
@@ -256,9 +257,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout, const Gradie
       const ChannelSums of_range = wants_sums ? sums.of(range) : ChannelSums{};
       kernels().backward(dtype_of(a.grad_output), a.activation, params, begin, end, of_range);
     });
-    if (!wants_sums) return;
-    const T* inv_std = rows + kInvStd * layout.channels;
-    write_affine_gradients(sums.add_up(), inv_std, layout.channels, gradients);
+    if (wants_sums) write_affine_gradients<T>(a, sums.add_up(), layout.channels);
   });
 }
 

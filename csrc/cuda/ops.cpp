@@ -43,7 +43,7 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-ChannelVector channel_vector(const std::optional<Tensor>& t) {
+ChannelVector channel_vector(const OptionalTensor& t) {
   return t ? ChannelVector{t->data_ptr(), dtype_of(*t)} : ChannelVector{nullptr, Dtype::kFloat};
 }
 
@@ -53,19 +53,18 @@ bool is_aligned(std::initializer_list<const void*> pointers) {
   });
 }
 
-Saved run_forward(const ForwardArguments& a, const Layout& layout, const Tensor& output) {
+void run_forward(const ForwardArguments& a, const Layout& layout) {
   check_kernel_dtype("forward", "input", a.input);
   const Device device(a.input);
-  Saved saved = allocate_saved(a, layout);
-  if (layout.numel == 0) return saved;
+  if (layout.numel == 0) return;
   const LaunchPlan plan = plan_launch(layout, device.multiprocessors());
   ForwardParams params{};
   params.index = make_index(layout, plan);
   params.input = a.input.data_ptr();
   params.residual = data_or_null(a.residual);
-  params.output = output.data_ptr();
-  params.mask = static_cast<uint8_t*>(data_or_null(saved.mask));
-  params.coefficients = static_cast<float*>(data_or_null(saved.coefficients));
+  params.output = a.output.data_ptr();
+  params.mask = static_cast<uint8_t*>(data_or_null(a.mask));
+  params.coefficients = static_cast<float*>(data_or_null(a.coefficients));
   params.mean = channel_vector(a.running_mean);
   params.var = channel_vector(a.running_var);
   params.weight = channel_vector(a.weight);
@@ -76,14 +75,13 @@ Saved run_forward(const ForwardArguments& a, const Layout& layout, const Tensor&
   check_launch(
       "forward",
       launch_forward(dtype_of(a.input), a.activation, plan, params, device.stream()));
-  return saved;
 }
 
 void reduce_partial_sums(
+    const BackwardArguments& a,
     const BackwardParams& backward,
     const Layout& layout,
     const LaunchPlan& plan,
-    const Gradients& gradients,
     cudaStream_t stream) {
   ReduceParams params{};
   params.partial_sums = backward.partial_sums;
@@ -92,37 +90,38 @@ void reduce_partial_sums(
   params.run = plan.variant == Variant::kPlanar ? 1 : layout.inner;
   params.channels = layout.channels;
   params.inv_std = backward.coefficients + kInvStd * layout.channels;
-  params.grad_weight = data_or_null(gradients.weight);
-  params.grad_bias = data_or_null(gradients.bias);
-  if (gradients.weight) params.weight_dtype = dtype_of(*gradients.weight);
-  if (gradients.bias) params.bias_dtype = dtype_of(*gradients.bias);
+  params.grad_weight = data_or_null(a.grad_weight);
+  params.grad_bias = data_or_null(a.grad_bias);
+  if (a.grad_weight) params.weight_dtype = dtype_of(*a.grad_weight);
+  if (a.grad_bias) params.bias_dtype = dtype_of(*a.grad_bias);
   check_launch("backward", launch_reduce(params, stream));
 }
 
-void run_backward(const BackwardArguments& a, const Layout& layout, const Gradients& gradients) {
+void run_backward(const BackwardArguments& a, const Layout& layout) {
   check_kernel_dtype("backward", "grad_output", a.grad_output);
   const Device device(a.grad_output);
   if (layout.numel == 0) {
-    if (gradients.weight) torch::stable::zero_(const_cast<Tensor&>(*gradients.weight));
-    if (gradients.bias) torch::stable::zero_(const_cast<Tensor&>(*gradients.bias));
+    for (OptionalTensor gradient : {a.grad_weight, a.grad_bias}) {
+      if (gradient) torch::stable::zero_(*gradient);
+    }
     return;
   }
   const LaunchPlan plan = plan_launch(layout, device.multiprocessors());
-  const bool wants_sums = gradients.weight || gradients.bias;
-  std::optional<Tensor> partial_sums;
+  const bool wants_sums = a.grad_weight || a.grad_bias;
+  OptionalTensor partial_sums;
   if (wants_sums) {
-    partial_sums = empty_contiguous(
-        {plan.partial_rows, 2, plan.partial_width}, ScalarType::Float, a.grad_output);
+    partial_sums = torch::stable::new_empty(
+        a.coefficients, {plan.partial_rows, 2, plan.partial_width}, ScalarType::Float);
   }
   BackwardParams params{};
   params.index = make_index(layout, plan);
   params.grad_output = a.grad_output.data_ptr();
-  params.input = needs_input(a.activation) || gradients.weight ? data_or_null(a.input) : nullptr;
+  params.input = needs_input(a.activation) || a.grad_weight ? data_or_null(a.input) : nullptr;
   params.residual = needs_input(a.activation) ? data_or_null(a.residual) : nullptr;
   params.mask = static_cast<const uint8_t*>(data_or_null(a.mask));
   params.coefficients = static_cast<const float*>(a.coefficients.data_ptr());
-  params.grad_input = data_or_null(gradients.input);
-  params.grad_residual = data_or_null(gradients.residual);
+  params.grad_input = data_or_null(a.grad_input);
+  params.grad_residual = data_or_null(a.grad_residual);
   params.partial_sums = static_cast<float*>(data_or_null(partial_sums));
   params.partial_width = plan.partial_width;
   params.segments = static_cast<uint32_t>(plan.segments);
@@ -133,7 +132,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout, const Gradie
   check_launch(
       "backward",
       launch_backward(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));
-  if (wants_sums) reduce_partial_sums(params, layout, plan, gradients, device.stream());
+  if (wants_sums) reduce_partial_sums(a, params, layout, plan, device.stream());
 }
 
 }  // namespace
