@@ -48,7 +48,7 @@ QUICK_SHAPES: tuple[Shape, ...] = ((4, 512, 25, 38), (16, 2048, 7, 7))
 INPLACE_SHAPES: tuple[Shape, ...] = ((2, 256, 200, 304), (256, 2048, 7, 7))
 OVERHEAD_SHAPE: Shape = (1, 64, 2, 2)
 
-PLAN = Plan(seconds=1.0, min_rounds=5, max_rounds=15)
+PLAN = Plan(seconds=0.8, min_rounds=5, max_rounds=15)
 QUICK_PLAN = Plan(seconds=0.5, min_rounds=3, max_rounds=5)
 OVERHEAD_PLAN = Plan(seconds=2.0, min_rounds=25, max_rounds=75)
 

@@ -34,9 +34,9 @@ def takeaway(resnet50: demo_resnet50.Result, digits: demo_digits.Result) -> str:
         f"{random[0]:+.1f} points on the new digits and {random[1]:+.1f} on the old ones where "
         f"batches were random, {one_class[0]:+.1f} and {one_class[1]:+.1f} where the two images of "
         "a batch resembled each other, as crops of one photograph do: statistics of two images say "
-        "little about the data. Where batches are large and varied, or the new data lies far from "
-        "the old, live BN adapts and may well be the better choice; it also bears larger learning "
-        "rates."
+        "little about the data. Where batches are large and varied, the new data lies far from the "
+        "old, or there are few steps to adapt in, live BN may well be the better choice; it also "
+        "bears larger learning rates."
     )
 
 

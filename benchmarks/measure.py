@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +58,3 @@ def interleaved_seconds(
             program()
             seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """The median of the rounds' ratios: steadier than the ratio of medians on a busy machine."""
-    return median(x / y for x, y in zip(a, b, strict=True))

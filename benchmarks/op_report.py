@@ -223,10 +223,11 @@ def environment() -> dict[str, str | int | bool | None]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
+    changes = git("status", "--porcelain")
     return {
         "frozen_bn": frozen_bn.__version__,
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_level": frozen_bn._C.cpu_level(),

@@ -214,6 +214,8 @@ def convert_frozen_bn(
             continue
         name = name or type(layer).__name__
         try:
+            if name.endswith("_orig_mod"):
+                raise _CannotFreeze("torch.compile holds on to it, freeze before compiling")
             frozen = _freeze(layer, freeze_affine)
         except _CannotFreeze as reason:
             left_alone[layer] = f"frozen_bn: {name!r} is left as it is: {reason}"
@@ -225,10 +227,11 @@ def convert_frozen_bn(
     for text in left_alone.values():
         warnings.warn(text, stacklevel=2)
     if never_trained:
-        others = f" and {len(never_trained) - 1} others" if len(never_trained) > 1 else ""
+        others = len(never_trained) - 1
+        subject = f"{never_trained[0]!r} " + (f"and {others} more were" if others else "was")
         warnings.warn(
-            f"frozen_bn: {never_trained[0]!r}{others} were never trained (mean 0, variance 1, no "
-            "batch seen): frozen there, they normalize nothing",
+            f"frozen_bn: {subject} never trained (mean 0, variance 1, no batch seen): frozen like "
+            "that, it normalizes nothing",
             stacklevel=2,
         )
     return _replace(module, replacements)
@@ -248,15 +251,14 @@ def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
         value, old = getattr(frozen, name), getattr(original, name)
         if name in original._buffers:
             original._buffers[name] = value if value is None else value.detach()
-        elif isinstance(value, Parameter):
+        elif value is None or isinstance(value, Parameter):
             original._parameters[name] = value
-        elif value is not None:
-            if old.is_meta != value.is_meta:
-                original._parameters[name] = Parameter(value.clone(), old.requires_grad)
-            else:
-                old.data = value.detach().clone()  # the same Parameter: an optimizer may know it
-                if old.grad is not None:
-                    old.grad.data = old.grad.to(old)
+        elif old.is_meta != value.is_meta:
+            original._parameters[name] = Parameter(value.clone(), old.requires_grad)
+        else:
+            old.data = value.detach().clone()  # the same Parameter: an optimizer may know it
+            if old.grad is not None:
+                old.grad.data = old.grad.to(old)
     count = getattr(original, "num_batches_tracked", None)
     if isinstance(count, Tensor):
         device = frozen.running_mean.device

@@ -234,6 +234,7 @@ def test_on_meta_then_filled_by_assignment(freeze_affine):
     source = network()
     with torch.device("meta"):
         net = network()
+    net[1].bias.requires_grad_(False)
     assert messages(lambda: convert_frozen_bn(net, freeze_affine=freeze_affine)) == []
     assert all(value.is_meta for value in net.state_dict().values())
     net.load_state_dict(source.state_dict(), strict=True, assign=True)
@@ -242,7 +243,7 @@ def test_on_meta_then_filled_by_assignment(freeze_affine):
     assert bool(list(net[1].parameters())) is not freeze_affine
     unfreeze_bn(net)
     assert_same_bits(snapshot(net), snapshot(source))
-    assert all(p.requires_grad for p in net.parameters())
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["1.bias"]
 
 
 def test_a_network_made_under_another_default_keeps_its_own():
@@ -355,7 +356,7 @@ def test_extra_attributes_are_kept_but_do_not_override_what_the_frozen_layer_mea
     assert (frozen.activation, frozen.inplace, frozen.freeze_affine) == (None, False, True)
 
 
-def test_a_layer_that_was_compiled_by_itself_is_frozen_too():
+def test_a_layer_that_was_compiled_in_place_is_frozen_too():
     layer = trained()
     layer.compile(backend="eager")
     x = torch.randn(IMAGE)
@@ -589,6 +590,20 @@ def test_a_root_that_is_left_alone_is_named_by_its_class():
         assert convert_frozen_bn(layer) is layer
 
 
+def test_a_batch_norm_compiled_by_itself_is_left_alone():
+    compiled = torch.compile(trained(), backend="eager")
+    (text,) = messages(lambda: convert_frozen_bn(nn.Sequential(compiled)))
+    assert "'0._orig_mod' is left as it is: torch.compile holds on to it" in text
+    assert type(compiled._orig_mod) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("make", [untracked, lambda: nn.BatchNorm2d(C)], ids=["left", "untrained"])
+def test_warnings_point_at_the_caller(make):
+    with pytest.warns(UserWarning) as caught:
+        convert_frozen_bn(make())
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_each_layer_left_alone_has_its_own_warning():
     net = nn.Sequential(untracked(), trained(), Shifted(C))
     texts = messages(lambda: convert_frozen_bn(net))
@@ -598,7 +613,7 @@ def test_each_layer_left_alone_has_its_own_warning():
 def test_never_trained_layers_are_frozen_with_one_warning():
     net = nn.Sequential(trained(), nn.BatchNorm2d(C), nn.Linear(2, 2), nn.BatchNorm1d(C))
     (text,) = messages(lambda: convert_frozen_bn(net))
-    assert "'1' and 1 others were never trained" in text
+    assert "'1' and 1 more were never trained" in text
     assert frozen_names(net) == ["0", "1", "3"]
 
 
@@ -806,6 +821,22 @@ def test_unfreezing_keeps_an_eps_that_was_changed():
     x = torch.randn(2, 3, 9, 9)
     expected = net(x)
     torch.testing.assert_close(unfreeze_bn(net)(x), expected)
+
+
+def test_unfreezing_keeps_a_weight_that_was_removed():
+    net = convert_frozen_bn(network()).eval()
+    net[1].weight = None
+    x = torch.randn(2, 3, 9, 9)
+    expected = net(x)
+    torch.testing.assert_close(unfreeze_bn(net)(x), expected)
+
+
+def test_an_unfrozen_model_does_not_write_to_the_checkpoint_it_had_loaded():
+    net, checkpoint = convert_frozen_bn(network()), snapshot(network())
+    before = copy.deepcopy(checkpoint)
+    net.load_state_dict(checkpoint)
+    unfreeze_bn(net)(torch.randn(2, 3, 9, 9))
+    assert_same_bits(checkpoint, before)
 
 
 def test_an_unfrozen_model_tracks_statistics_again():
