@@ -47,19 +47,32 @@ FROZEN_BN_INLINE T constant(float value) {
   return T{} + value;
 }
 
-// A struct, so that SIMD vectors can add theirs wherever it is declared.
+// What the arithmetic needs beyond operators; SIMD vectors add theirs. max and min return the
+// second argument if either is NaN.
 template <class T>
-struct Exponential;
-template <>
-struct Exponential<float> {
-  FROZEN_BN_INLINE static float of(float x) {
-    return ::expf(x);
+struct Math;
+
+template <class T>
+struct ScalarMath {
+  FROZEN_BN_INLINE static T exp(T x) {
+    return std::exp(x);
+  }
+  FROZEN_BN_INLINE static T sqrt(T x) {
+    return std::sqrt(x);
+  }
+  FROZEN_BN_INLINE static T max(T a, T b) {
+    return a > b ? a : b;
+  }
+  FROZEN_BN_INLINE static T min(T a, T b) {
+    return a < b ? a : b;
   }
 };
+template <>
+struct Math<float> : ScalarMath<float> {};
 
 template <class T>
 FROZEN_BN_INLINE T inverse_std(T var, T eps) {
-  return T(1) / std::sqrt(var + eps);
+  return constant<T>(1.0f) / Math<T>::sqrt(var + eps);
 }
 
 // Subtracting first keeps the digits that `x * scale + shift` loses when the mean is large.
@@ -72,14 +85,13 @@ FROZEN_BN_INLINE T normalize(T x, T mean, T scale, T bias) {
 template <Activation kAct, class T>
 FROZEN_BN_INLINE T activate(T z, T negative_slope) {
   if constexpr (kAct == Activation::kRelu) {
-    return z < T{} ? T{} : z;
+    return Math<T>::max(T{}, z);
   } else if constexpr (kAct == Activation::kRelu6) {
-    const T six = constant<T>(6.0f);
-    return z < T{} ? T{} : (z > six ? six : z);
+    return Math<T>::min(constant<T>(6.0f), Math<T>::max(T{}, z));
   } else if constexpr (kAct == Activation::kLeakyRelu) {
     return z > T{} ? z : z * negative_slope;
   } else if constexpr (kAct == Activation::kSilu) {
-    return z / (constant<T>(1.0f) + Exponential<T>::of(-z));
+    return z / (constant<T>(1.0f) + Math<T>::exp(-z));
   } else if constexpr (kAct == Activation::kHardswish) {
     const T sixth = constant<T>(1.0f) / constant<T>(6.0f);
     return z * activate<Activation::kRelu6>(z + constant<T>(3.0f), T{}) * sixth;
@@ -103,7 +115,7 @@ template <Activation kAct, class T>
 FROZEN_BN_INLINE T derivative(T z) {
   const T one = constant<T>(1.0f);
   if constexpr (kAct == Activation::kSilu) {
-    const T sigmoid = one / (one + Exponential<T>::of(-z));
+    const T sigmoid = one / (one + Math<T>::exp(-z));
     return sigmoid * (one + z * (one - sigmoid));
   } else {
     const T three = constant<T>(3.0f);

@@ -62,8 +62,19 @@ struct ChannelSums {
   void* spread;
 };
 
+// Rows of [channels], in float (double for a double input).
+struct CoefficientParams {
+  const void* var;
+  const void* weight;
+  void* scale;    // out: weight / sqrt(var + eps)
+  void* inv_std;  // out: 1 / sqrt(var + eps)
+  int64_t channels;
+  double eps;
+};
+
 struct Kernels {
   const char* name;
+  void (*coefficients)(Dtype, const CoefficientParams&);
   void (*forward)(Dtype, Activation, const ForwardParams&, int64_t begin, int64_t end);
   void (*backward)(
       Dtype, Activation, const BackwardParams&, int64_t begin, int64_t end, ChannelSums);

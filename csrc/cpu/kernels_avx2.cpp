@@ -14,7 +14,7 @@
 
 namespace frozen_bn::cpu {
 
-extern const Kernels kAvx2Kernels{"avx2", forward, backward};
+extern const Kernels kAvx2Kernels{"avx2", coefficients, forward, backward};
 
 }  // namespace frozen_bn::cpu
 #endif

@@ -14,7 +14,7 @@
 
 namespace frozen_bn::cpu {
 
-extern const Kernels kAvx512Kernels{"avx512", forward, backward};
+extern const Kernels kAvx512Kernels{"avx512", coefficients, forward, backward};
 
 }  // namespace frozen_bn::cpu
 #endif

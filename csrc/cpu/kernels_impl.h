@@ -25,6 +25,27 @@ void write_partial_mask(uint8_t* mask, int64_t i, int64_t n, const uint8_t* bits
   if (mask) std::memcpy(mask + i / 8, bits, (n + 7) / 8);
 }
 
+template <class T>
+void compute_coefficients(const CoefficientParams& p) {
+  const T* var = static_cast<const T*>(p.var);
+  const T* weight = static_cast<const T*>(p.weight);
+  const auto compute = [&](const T* var, const T* weight, T* scale, T* inv_std) {
+    const Vec<T> inverse = inverse_std(load(var), splat<T>(p.eps));
+    store(inv_std, inverse, false);
+    store(scale, inverse * load(weight), false);
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= p.channels; c += kLanes) {
+    compute(var + c, weight + c, static_cast<T*>(p.scale) + c, static_cast<T*>(p.inv_std) + c);
+  }
+  if (const int64_t n = p.channels - c) {
+    PartialPack<T> v(var, c, n), w(weight, c, n), scale(nullptr, 0, 0), inv_std(nullptr, 0, 0);
+    compute(v.values, w.values, scale.values, inv_std.values);
+    std::memcpy(static_cast<T*>(p.scale) + c, scale.values, n * sizeof(T));
+    std::memcpy(static_cast<T*>(p.inv_std) + c, inv_std.values, n * sizeof(T));
+  }
+}
+
 template <class S, Activation kAct>
 struct ForwardBody {
   using T = acc_t<S>;
@@ -49,7 +70,8 @@ struct ForwardBody {
   }
 
   template <class Slot>
-  void partial(int64_t i, int64_t n, Slot slot, const LaneCoefficients<T>& k) const {
+  __attribute__((noinline)) void partial(
+      int64_t i, int64_t n, Slot slot, LaneCoefficients<T> k) const {
     PartialPack<S> x(input, i, n), r(residual, i, n), y(nullptr, 0, 0);
     uint8_t bits[2];
     ForwardBody{
@@ -70,7 +92,7 @@ void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
       static_cast<const S*>(p.residual),
       static_cast<S*>(p.output),
       p.mask,
-      Vec<T>{} + static_cast<T>(p.negative_slope),
+      splat<T>(p.negative_slope),
       p.stream};
   if (p.coefficients.period == 0) {
     traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
@@ -188,7 +210,8 @@ struct BackwardBody {
   }
 
   template <class Slot>
-  void partial(int64_t i, int64_t n, Slot slot, const LaneCoefficients<T>& k) const {
+  __attribute__((noinline)) void partial(
+      int64_t i, int64_t n, Slot slot, LaneCoefficients<T> k) const {
     PartialPack<S> dy(grad_output, i, n), x(input, i, n), r(residual, i, n);
     PartialPack<S> dx(nullptr, 0, 0), dr(nullptr, 0, 0);
     uint8_t bits[2] = {};
@@ -225,7 +248,7 @@ BackwardBody<S, kAct, Sums> backward_body(const BackwardParams& p, Sums& sums) {
       static_cast<const S*>(p.residual),
       static_cast<S*>(p.grad_input),
       static_cast<S*>(p.grad_residual),
-      Vec<T>{} + static_cast<T>(p.negative_slope),
+      splat<T>(p.negative_slope),
       p.stream,
       sums};
 }
@@ -262,6 +285,10 @@ void dispatch(Dtype dtype, Activation activation, F f) {
     case Dtype::kBFloat16: return with_activation(BFloat16{});
     case Dtype::kDouble: return with_activation(double{});
   }
+}
+
+void coefficients(Dtype dtype, const CoefficientParams& p) {
+  dtype == Dtype::kDouble ? compute_coefficients<double>(p) : compute_coefficients<float>(p);
 }
 
 void forward(Dtype dtype, Activation activation, const ForwardParams& p, int64_t begin, int64_t end) {

@@ -4,6 +4,6 @@
 
 namespace frozen_bn::cpu {
 
-extern const Kernels kPortableKernels{"portable", forward, backward};
+extern const Kernels kPortableKernels{"portable", coefficients, forward, backward};
 
 }  // namespace frozen_bn::cpu

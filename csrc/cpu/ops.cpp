@@ -79,20 +79,17 @@ void read_vector(const OptionalTensor& t, double missing, int64_t channels, T* r
   }
 }
 
-// rows: [kRows, channels]. 1 / sqrt(var + eps) is rounded to T only once.
+// rows: [kRows, channels]
 template <class T>
 void compute_coefficients(const ForwardArguments& a, int64_t channels, T* rows) {
-  std::vector<double> scratch(2 * channels);
-  double *var = scratch.data(), *weight = var + channels;
+  std::vector<T> scratch(2 * channels);
+  T *var = scratch.data(), *weight = var + channels;
   read_vector(a.running_mean, 0, channels, rows + kMean * channels);
   read_vector(a.bias, 0, channels, rows + kBias * channels);
   read_vector(a.running_var, 0, channels, var);
   read_vector(a.weight, 1, channels, weight);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double inv_std = inverse_std(var[c], a.eps);
-    rows[kInvStd * channels + c] = static_cast<T>(inv_std);
-    rows[kScale * channels + c] = static_cast<T>(inv_std * weight[c]);
-  }
+  T *scale = rows + kScale * channels, *inv_std = rows + kInvStd * channels;
+  kernels().coefficients(dtype_of(a.input), {var, weight, scale, inv_std, channels, a.eps});
 }
 
 // How often the coefficients repeat along the storage, in elements; 0 where the kernels take them

@@ -32,6 +32,12 @@ template <class T>
 using Vec = typename VecOf<T>::type;
 using Lanes32 = Vec<int32_t>;
 
+// Subtracting zero, unlike adding it, changes nothing, and compiles to nothing.
+template <class T>
+FROZEN_BN_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+
 // Storage types: the bits of a half, told apart by name.
 enum class Half : uint16_t {};
 enum class BFloat16 : uint16_t {};
@@ -75,21 +81,26 @@ FROZEN_BN_INLINE Vec<float> load(const BFloat16* from) {
   return bit_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
 
-FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
-  const auto bits = bit_cast<Vec<uint32_t>>(pack);
-  const auto nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const auto quiet_nan = (bits >> 16) | 0x40u;
-  const auto rounded = pack != pack ? quiet_nan : nearest_even;
-  return __builtin_convertvector(rounded, Vec<uint16_t>);
-}
-
 #if FROZEN_BN_CPU_LEVEL == 2
+// For the masked forms of intrinsics: the plain ones draw false warnings from GCC.
+constexpr __mmask16 kAllLanes = 0xffff;
+
 FROZEN_BN_INLINE Vec<float> load(const Half* from) {
-  // The masked form: the plain one draws a false warning from GCC.
-  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, load_unaligned<__m256i>(from));
+  return (Vec<float>)_mm512_maskz_cvtph_ps(kAllLanes, load_unaligned<__m256i>(from));
 }
 FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
-  return (Vec<uint16_t>)_mm512_maskz_cvtps_ph(0xffff, (__m512)pack, _MM_FROUND_TO_NEAREST_INT);
+  return (Vec<uint16_t>)_mm512_maskz_cvtps_ph(kAllLanes, (__m512)pack, _MM_FROUND_TO_NEAREST_INT);
+}
+FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
+  // As below, in fewer instructions: masks for the odd and the NaN lanes.
+  const __m512i bits = (__m512i)pack;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)pack, (__m512)pack, _CMP_UNORD_Q);
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_sub_epi32(rounded, odd, rounded, _mm512_set1_epi32(-1));
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  rounded = _mm512_maskz_srli_epi32(kAllLanes, rounded, 16);
+  return (Vec<uint16_t>)_mm512_maskz_cvtepi32_epi16(kAllLanes, rounded);
 }
 FROZEN_BN_INLINE uint16_t to_bits(Lanes32 mask) {
   return _mm512_movepi32_mask((__m512i)mask);
@@ -130,6 +141,16 @@ FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
     halves[lane] = c10::detail::fp16_ieee_from_fp32_value(pack[lane]);
   }
   return halves;
+}
+#endif
+
+#if FROZEN_BN_CPU_LEVEL < 2
+FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
+  const auto bits = bit_cast<Vec<uint32_t>>(pack);
+  const auto nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto quiet_nan = (bits >> 16) | 0x40u;
+  const auto rounded = pack != pack ? quiet_nan : nearest_even;
+  return __builtin_convertvector(rounded, Vec<uint16_t>);
 }
 #endif
 
@@ -185,18 +206,53 @@ FROZEN_BN_INLINE void streaming_done() {
 #endif
 }
 
-// exp(x) to about one unit in the last place: 2^n * e^r, |r| <= ln(2) / 2, e^r by its Taylor
-// series, ln(2) in two parts (Cody & Waite, Software Manual for the Elementary Functions, 1980).
 template <>
-struct Exponential<Vec<float>> {
-  FROZEN_BN_INLINE static Vec<float> of(Vec<float> x) {
-    const Vec<float> zero{};
-    const Vec<float> low = zero - 104.0f, high = zero + 89.0f;
-    const Vec<float> clamped = x < low ? low : (x > high ? high : x);
-    const Vec<float> shifter = zero + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const Vec<float> n = (clamped * 1.44269504f + shifter) - shifter;
-    const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec<float> series = zero + 1.0f / 5040;
+struct Math<Vec<float>> {
+  using V = Vec<float>;
+
+#if FROZEN_BN_CPU_LEVEL == 2
+  FROZEN_BN_INLINE static V max(V a, V b) {
+    return (V)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
+  }
+  FROZEN_BN_INLINE static V min(V a, V b) {
+    return (V)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
+  }
+  FROZEN_BN_INLINE static V sqrt(V x) {
+    return (V)_mm512_maskz_sqrt_ps(kAllLanes, (__m512)x);
+  }
+#elif FROZEN_BN_CPU_LEVEL == 1
+  FROZEN_BN_INLINE static V max(V a, V b) {
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  }
+  FROZEN_BN_INLINE static V min(V a, V b) {
+    return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  }
+  FROZEN_BN_INLINE static V sqrt(V x) {
+    return (V)_mm256_sqrt_ps((__m256)x);
+  }
+#else
+  FROZEN_BN_INLINE static V max(V a, V b) {
+    return a > b ? a : b;
+  }
+  FROZEN_BN_INLINE static V min(V a, V b) {
+    return a < b ? a : b;
+  }
+  FROZEN_BN_INLINE static V sqrt(V x) {
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+    return x;
+  }
+#endif
+
+  // To about one unit in the last place: 2^n * e^r, |r| <= ln(2) / 2, e^r by its Taylor series,
+  // ln(2) in two parts (Cody & Waite, Software Manual for the Elementary Functions, 1980).
+  FROZEN_BN_INLINE static V exp(V x) {
+    const V zero{};
+    const V clamped = min(zero + 89.0f, max(zero - 104.0f, x));
+    const V shifter = zero + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const V n = (clamped * 1.44269504f + shifter) - shifter;
+    const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    V series = zero + 1.0f / 5040;
+#pragma GCC unroll 7
     for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
       series = series * r + coefficient;
     }
@@ -206,14 +262,26 @@ struct Exponential<Vec<float>> {
     return x != x ? x : series * power_of_two(half) * power_of_two(exponent - half);
   }
 
-  FROZEN_BN_INLINE static Vec<float> power_of_two(Lanes32 exponent) {
-    return bit_cast<Vec<float>>((exponent + 127) << 23);
+  FROZEN_BN_INLINE static V power_of_two(Lanes32 exponent) {
+    return bit_cast<V>((exponent + 127) << 23);
   }
 };
 
 template <>
-struct Exponential<Vec<double>> {
-  FROZEN_BN_INLINE static Vec<double> of(Vec<double> x) {
+struct Math<Vec<double>> {
+  using V = Vec<double>;
+
+  FROZEN_BN_INLINE static V max(V a, V b) {
+    return a > b ? a : b;
+  }
+  FROZEN_BN_INLINE static V min(V a, V b) {
+    return a < b ? a : b;
+  }
+  FROZEN_BN_INLINE static V sqrt(V x) {
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+    return x;
+  }
+  FROZEN_BN_INLINE static V exp(V x) {
     for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::exp(x[lane]);
     return x;
   }

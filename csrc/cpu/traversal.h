@@ -2,6 +2,7 @@
 //
 //   body(i, slot, k)             a whole pack, from element i
 //   body.partial(i, n, slot, k)  its first n lanes: the end of the tensor
+//   body.flush(...)              where running sums have to be put away
 //
 // with `k` the channel coefficients of each lane and `slot` where sums over this pack belong.
 #pragma once
@@ -22,7 +23,7 @@ struct LaneCoefficients {
 // Packs up to this many share an accumulator in single precision.
 constexpr int64_t kPacksPerSum = 64;
 
-// Lanes below `split` are of `channel`, the others of the one after it.
+// Lanes below `split` are of `channel`, the others of the `next`.
 struct PlanarSlot {
   int64_t channel;
   int64_t next;
@@ -35,49 +36,57 @@ FROZEN_BN_INLINE auto lanes_below(int64_t split) {
   return lanes < (lanes - lanes + static_cast<int32_t>(split));
 }
 
+template <class T>
+FROZEN_BN_INLINE LaneCoefficients<T> blend(
+    int64_t split, const LaneCoefficients<T>& below, const LaneCoefficients<T>& above) {
+  const auto here = lanes_below<T>(split);
+  return {
+      here ? below.mean : above.mean,
+      here ? below.scale : above.scale,
+      here ? below.bias : above.bias};
+}
+
 // Channels are runs of at least kMinInner elements (NCHW): their coefficients stay in registers,
 // and a pack that crosses into the next run takes each lane's from one of the two.
 template <class T, class Body>
-void traverse_planar(
-    const Layout& layout, const Coefficients& rows, int64_t begin, int64_t end, Body& body) {
+FROZEN_BN_INLINE void traverse_planar(
+    const Layout& layout, const Coefficients& rows, int64_t begin, int64_t end, Body body) {
+  const auto* const mean = static_cast<const T*>(rows.mean);
+  const auto* const scale = static_cast<const T*>(rows.scale);
+  const auto* const bias = static_cast<const T*>(rows.bias);
   const auto coefficients = [&](int64_t channel) {
-    const Vec<T> zero{};
     return LaneCoefficients<T>{
-        zero + static_cast<const T*>(rows.mean)[channel],
-        zero + static_cast<const T*>(rows.scale)[channel],
-        zero + static_cast<const T*>(rows.bias)[channel]};
+        splat<T>(mean[channel]), splat<T>(scale[channel]), splat<T>(bias[channel])};
   };
-  const int64_t plane = begin / layout.inner;
-  int64_t channel = plane % layout.channels;
-  int64_t boundary = (plane + 1) * layout.inner;
+  const int64_t last = end - kLanes;  // where a whole pack can start
+  const int64_t channels = layout.channels, inner = layout.inner;
+  int64_t channel = begin / inner % channels;
+  int64_t boundary = (begin / inner + 1) * inner;
   auto k = coefficients(channel);
-  for (int64_t i = begin; i < end; boundary += layout.inner) {
-    const int64_t next = channel + 1 == layout.channels ? 0 : channel + 1;
-    const int64_t stop = std::min(boundary, end);
-    while (i + kLanes <= stop) {
-      const int64_t packs = std::min((stop - i) / kLanes, kPacksPerSum);
-      for (const int64_t last = i + packs * kLanes; i < last; i += kLanes) {
-        body(i, PlanarSlot{channel, next, kLanes}, k);
-      }
+  int64_t i = begin;
+  const auto next_of = [&](int64_t c) { return c + 1 == channels ? 0 : c + 1; };
+  while (true) {
+    const int64_t next = next_of(channel);
+    for (const int64_t stop = std::min(boundary - kLanes, last); i <= stop;) {
+      const int64_t block = std::min(stop, i + (kPacksPerSum - 1) * kLanes);
+      for (; i <= block; i += kLanes) body(i, PlanarSlot{channel, next, kLanes}, k);
       body.flush(channel);
     }
+    if (i > last) break;
     const auto k_next = coefficients(next);
-    if (i < stop) {
-      const PlanarSlot slot{channel, next, boundary - i};
-      const auto here = lanes_below<T>(slot.split);
-      const LaneCoefficients<T> mixed{
-          here ? k.mean : k_next.mean,
-          here ? k.scale : k_next.scale,
-          here ? k.bias : k_next.bias};
-      if (i + kLanes <= end) {
-        body(i, slot, mixed);
-      } else {
-        body.partial(i, end - i, slot, mixed);
-      }
+    if (i < boundary) {
+      body(i, PlanarSlot{channel, next, boundary - i}, blend<T>(boundary - i, k, k_next));
       i += kLanes;
     }
     channel = next;
     k = k_next;
+    boundary += inner;
+  }
+  if (i < end) {
+    const int64_t next = next_of(channel), split = std::min<int64_t>(boundary - i, kLanes);
+    const PlanarSlot slot{channel, next, split};
+    body.partial(i, end - i, slot, blend<T>(split, k, coefficients(next)));
+    channel = split < kLanes ? next : channel;
   }
   body.flush(channel);
 }
@@ -85,27 +94,31 @@ void traverse_planar(
 // Channels change with every element or every few (channels_last, small maps): the coefficients
 // have been spread, and each pack loads its own.
 template <class T, class Body>
-void traverse_spread(const Coefficients& rows, int64_t begin, int64_t end, Body& body) {
-  const int64_t step = kLanes % rows.period;
-  int64_t slot = begin % rows.period;
-  int64_t packs = 0;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const LaneCoefficients<T> k{
-        load(static_cast<const T*>(rows.mean) + slot),
-        load(static_cast<const T*>(rows.scale) + slot),
-        load(static_cast<const T*>(rows.bias) + slot)};
-    if (i + kLanes <= end) {
-      body(i, slot, k);
-    } else {
-      body.partial(i, end - i, slot, k);
+FROZEN_BN_INLINE void traverse_spread(
+    const Coefficients& rows, int64_t begin, int64_t end, Body body) {
+  const auto* const mean = static_cast<const T*>(rows.mean);
+  const auto* const scale = static_cast<const T*>(rows.scale);
+  const auto* const bias = static_cast<const T*>(rows.bias);
+  const auto coefficients = [&](int64_t slot) {
+    return LaneCoefficients<T>{load(mean + slot), load(scale + slot), load(bias + slot)};
+  };
+  const int64_t period = rows.period;
+  const int64_t last = end - kLanes;  // where a whole pack can start
+  int64_t i = begin, slot = begin % period, packs = 0;
+  while (i <= last) {
+    const int64_t ahead = slot - i;
+    const int64_t stop = std::min(last, i + period - slot - 1);
+    for (; i <= stop; i += kLanes) {
+      body(i, i + ahead, coefficients(i + ahead));
+      ++packs;
     }
-    slot += step;
-    if (slot >= rows.period) slot -= rows.period;
-    if (++packs * kLanes >= kPacksPerSum * rows.period) {
+    slot = (i + ahead) % period;
+    if (packs * kLanes >= kPacksPerSum * period) {
       body.flush();
       packs = 0;
     }
   }
+  if (i < end) body.partial(i, end - i, slot, coefficients(slot));
   body.flush();
 }
 
