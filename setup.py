@@ -1,5 +1,5 @@
-"""Builds the extension: CPU kernels wherever there is a C++ compiler, CUDA kernels wherever there are
-also a CUDA toolkit and a torch that has CUDA.
+"""Builds the extension: CPU kernels wherever there is a C++ compiler, CUDA kernels wherever there
+are also a CUDA toolkit and a torch that has CUDA.
 
 FORCE_CUDA=1        stop if the CUDA half cannot be built
 FROZEN_BN_CUDA=0    do not build it
@@ -89,7 +89,8 @@ def extensions() -> tuple[list, dict]:
                 },
             )
         )
-    print(f"frozen_bn: torch {torch.__version__}, CUDA {'left out: ' + reason if reason else architectures}")
+    cuda = f"left out: {reason}" if reason else architectures
+    print(f"frozen_bn: torch {torch.__version__}, CUDA {cuda}")
     return modules, {"build_ext": BuildExtension}
 
 

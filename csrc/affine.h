@@ -19,7 +19,7 @@
 
 namespace frozen_bn {
 
-// The order is that of ACTIVATIONS in frozen_bn/ops.py.
+// The order is that of ACTIVATIONS in frozen_bn/checks.py.
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish };
 constexpr int64_t kActivations = 6;
 
@@ -66,6 +66,12 @@ struct ScalarMath {
   FROZEN_BN_INLINE static T min(T a, T b) {
     return a < b ? a : b;
   }
+  FROZEN_BN_INLINE static bool less_equal(T a, T b) {
+    return a <= b;
+  }
+  FROZEN_BN_INLINE static bool not_greater(T a, T b) {
+    return !(a > b);
+  }
 };
 template <>
 struct Math<float> : ScalarMath<float> {};
@@ -100,13 +106,16 @@ FROZEN_BN_INLINE T activate(T z, T negative_slope) {
   }
 }
 
-// The lanes that the gradient does not pass unchanged: a mask bit an element.
+// The lanes that the gradient does not pass unchanged, with torch's choices at NaN: a mask bit an
+// element.
 template <Activation kAct, class T>
 FROZEN_BN_INLINE auto blocked(T z) {
   if constexpr (kAct == Activation::kRelu6) {
-    return (z <= T{}) | (z >= constant<T>(6.0f));
+    return Math<T>::less_equal(z, T{}) | Math<T>::less_equal(constant<T>(6.0f), z);
+  } else if constexpr (kAct == Activation::kLeakyRelu) {
+    return Math<T>::not_greater(z, T{});
   } else {
-    return z <= T{};
+    return Math<T>::less_equal(z, T{});
   }
 }
 
@@ -129,8 +138,7 @@ template <class F>
 void dispatch_activation(Activation activation, F f) {
   switch (activation) {
 #define FROZEN_BN_CASE(A) \
-  case Activation::A:     \
-    return f(std::integral_constant<Activation, Activation::A>{})
+  case Activation::A: return f(std::integral_constant<Activation, Activation::A>{})
     FROZEN_BN_CASE(kNone);
     FROZEN_BN_CASE(kRelu);
     FROZEN_BN_CASE(kRelu6);

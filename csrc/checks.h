@@ -63,8 +63,8 @@ inline std::string dtype_text(ScalarType dtype) {
 }
 
 inline bool is_supported(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half ||
-      dtype == ScalarType::BFloat16 || dtype == ScalarType::Double;
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Double;
 }
 
 inline std::string device_text(const Tensor& t) {
@@ -75,13 +75,20 @@ inline std::string device_text(const Tensor& t) {
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t) {
   if (!is_supported(t.scalar_type())) {
-    fail(op, ": expected ", name, " to be float16, bfloat16, float32 or float64, but got ",
-         dtype_text(t.scalar_type()));
+    fail(
+        op, ": expected ", name, " to be float16, bfloat16, float32 or float64, but got ",
+        dtype_text(t.scalar_type()));
   }
 }
 
+inline int32_t device_type(const Tensor& t) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
+}
+
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  if (t.device() != input.device()) {
+  if (device_type(t) != device_type(input) || t.get_device_index() != input.get_device_index()) {
     fail(op, ": expected ", name, " to be on ", device_text(input), ", but got ", device_text(t));
   }
 }
@@ -103,8 +110,9 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& input) {
   check_shape(op, name, t, input);
   if (t.scalar_type() != input.scalar_type()) {
-    fail(op, ": expected ", name, " to be ", dtype_text(input.scalar_type()), ", but got ",
-         dtype_text(t.scalar_type()));
+    fail(
+        op, ": expected ", name, " to be ", dtype_text(input.scalar_type()), ", but got ",
+        dtype_text(t.scalar_type()));
   }
   check_device(op, name, t, input);
 }
@@ -117,8 +125,9 @@ inline void check_channel_vector(
     const char* op, const char* name, const Tensor& t, const Tensor& input) {
   const int64_t channels = input.size(1);
   if (t.dim() != 1 || t.size(0) != channels) {
-    fail(op, ": expected ", name, " to have shape ", shape_text(&channels, 1), ", but got ",
-         shape_text(t));
+    fail(
+        op, ": expected ", name, " to have shape ", shape_text(&channels, 1), ", but got ",
+        shape_text(t));
   }
   check_dtype(op, name, t);
   check_device(op, name, t, input);
@@ -132,11 +141,11 @@ inline ScalarType arithmetic_dtype(const Tensor& input) {
 inline void check_internal(
     const char* op, const char* name, const Tensor& t, ScalarType dtype,
     std::initializer_list<int64_t> shape, const Tensor& input) {
-  if (t.scalar_type() != dtype || !t.is_contiguous() ||
-      !has_shape(t, shape)) {
-    fail(op, ": expected ", name, " to be contiguous ", dtype_text(dtype), " of shape ",
-         shape_text(shape.begin(), shape.size()), ", but got ", dtype_text(t.scalar_type()),
-         " of shape ", shape_text(t));
+  if (t.scalar_type() != dtype || !t.is_contiguous() || !has_shape(t, shape)) {
+    fail(
+        op, ": expected ", name, " to be contiguous ", dtype_text(dtype), " of shape ",
+        shape_text(shape.begin(), shape.size()), ", but got ", dtype_text(t.scalar_type()),
+        " of shape ", shape_text(t));
   }
   check_device(op, name, t, input);
 }
@@ -152,17 +161,19 @@ inline void check_mask(const char* op, const Tensor& t, const Tensor& input) {
 // Writing in place to an element that stands for several would write it several times.
 inline void check_not_expanded(const char* op, const char* name, const Tensor& t) {
   for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.stride(d) == 0 && t.size(d) > 1) {
-      fail(op, ": expected ", name, " not to be expanded in memory, but got strides ",
-           shape_text(t.strides().data(), t.dim()));
+    if (t.stride(d) == 0 && t.size(d) > 1 && t.numel() > 0) {
+      fail(
+          op, ": expected ", name, " not to be expanded in memory, but got strides ",
+          shape_text(t.strides().data(), t.dim()));
     }
   }
 }
 
 inline Activation check_activation(const char* op, int64_t activation) {
   if (activation < 0 || activation >= kActivations) {
-    fail(op, ": expected activation to be a code from 0 to ", kActivations - 1, ", but got ",
-         activation);
+    fail(
+        op, ": expected activation to be a code from 0 to ", kActivations - 1, ", but got ",
+        activation);
   }
   return static_cast<Activation>(activation);
 }

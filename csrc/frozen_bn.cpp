@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "launch_plan.h"
 
 STABLE_TORCH_LIBRARY(frozen_bn, library) {
   // output = act((input - running_mean) * weight / sqrt(running_var + eps) + bias + residual),
@@ -22,7 +23,8 @@ STABLE_TORCH_LIBRARY(frozen_bn, library) {
 
 PYBIND11_MODULE(_C, module) {
   namespace cpu = frozen_bn::cpu;
-  module.doc() = "Build information and test hooks of frozen_bn; the operators are torch.ops.frozen_bn.";
+  module.doc() =
+      "Build information and test hooks of frozen_bn; the operators are torch.ops.frozen_bn.";
   module.def("build_info", [] {
     pybind11::dict info;
     info["torch"] = FROZEN_BN_BUILT_TORCH;
@@ -31,12 +33,30 @@ PYBIND11_MODULE(_C, module) {
     info["compiler"] = __VERSION__;
     return info;
   });
+  module.def(
+      "launch_plan",
+      [](int64_t numel, int64_t channels, int64_t inner, int multiprocessors) {
+        const auto plan = frozen_bn::plan_launch({numel, channels, inner}, multiprocessors);
+        pybind11::dict fields;
+        fields["variant"] = plan.variant == frozen_bn::Variant::kPlanar ? "planar" : "periodic";
+        fields["wide"] = plan.wide;
+        fields["grid"] = pybind11::make_tuple(plan.grid_x, plan.grid_y);
+        fields["block"] = pybind11::make_tuple(plan.block_x, plan.block_y);
+        fields["columns"] = plan.columns;
+        fields["segments"] = plan.segments;
+        fields["partial_rows"] = plan.partial_rows;
+        fields["partial_width"] = plan.partial_width;
+        return fields;
+      },
+      pybind11::arg("numel"), pybind11::arg("channels"), pybind11::arg("inner"),
+      pybind11::arg("multiprocessors"));
   module.def("cpu_level", [] { return std::string(cpu::kernels().name); });
   module.def("select_cpu_level", [](const std::string& name) {
     if (!cpu::select_kernels(name.c_str())) {
       throw pybind11::value_error(
           "frozen_bn: expected a CPU level that this machine can run "
-          "(portable, avx2, avx512), but got " + name);
+          "(portable, avx2, avx512), but got " +
+          name);
     }
   });
 }

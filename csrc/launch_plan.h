@@ -59,8 +59,8 @@ inline LaunchPlan plan_periodic(const Layout& layout, int multiprocessors) {
   plan.columns = std::lcm(layout.channels * layout.inner, int64_t{kPackSize}) / kPackSize;
   const int64_t rows = ceil_div(ceil_div(layout.numel, kPackSize), plan.columns);
   plan.block_x = static_cast<uint32_t>(std::min<int64_t>(plan.columns, kThreads));
-  plan.block_y = static_cast<uint32_t>(
-      std::max<int64_t>(1, std::min<int64_t>(kThreads / plan.block_x, rows)));
+  plan.block_y =
+      static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kThreads / plan.block_x, rows)));
   plan.grid_y = static_cast<uint32_t>(ceil_div(plan.columns, plan.block_x));
   const int64_t most = ceil_div(kBlocksPerMultiprocessor * multiprocessors, plan.grid_y);
   plan.grid_x = static_cast<uint32_t>(
@@ -72,8 +72,8 @@ inline LaunchPlan plan_periodic(const Layout& layout, int multiprocessors) {
 
 // `layout.numel` must not be 0. `force_wide` is for tests.
 inline LaunchPlan plan_launch(const Layout& layout, int multiprocessors, bool force_wide = false) {
-  LaunchPlan plan = layout.inner >= kPackSize ? plan_planar(layout)
-                                              : plan_periodic(layout, multiprocessors);
+  LaunchPlan plan =
+      layout.inner >= kPackSize ? plan_planar(layout) : plan_periodic(layout, multiprocessors);
   plan.wide = force_wide || layout.numel > INT32_MAX - kTileSize;
   return plan;
 }

@@ -95,10 +95,10 @@ inline Layout make_alike(ForwardArguments& a) {
 }
 
 inline Layout make_alike(BackwardArguments& a) {
-  const Tensor& like = a.grad_input ? *a.grad_input
-      : a.grad_residual             ? *a.grad_residual
-      : a.input                     ? *a.input
-                                    : a.grad_output;
+  const Tensor& like = a.grad_input      ? *a.grad_input
+                       : a.grad_residual ? *a.grad_residual
+                       : a.input         ? *a.input
+                                         : a.grad_output;
   const Tensor dense = dense_layout(like) ? like : make_dense(like);
   a.grad_output = with_strides_of(dense, a.grad_output);
   if (a.input) a.input = with_strides_of(dense, *a.input);
@@ -118,42 +118,28 @@ inline void copy_back(const OptionalTensor& result, const OptionalTensor& to) {
 template <auto run_forward, auto run_backward>
 struct Operators {
   static void forward(
-      const Tensor& input,
-      const Tensor& running_mean,
-      const Tensor& running_var,
-      const OptionalTensor& weight,
-      const OptionalTensor& bias,
-      const OptionalTensor& residual,
-      double eps,
-      int64_t activation,
-      double negative_slope,
-      const Tensor& output,
-      const OptionalTensor& coefficients,
-      const OptionalTensor& mask) {
+      const Tensor& input, const Tensor& running_mean, const Tensor& running_var,
+      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+      double eps, int64_t activation, double negative_slope, const Tensor& output,
+      const OptionalTensor& coefficients, const OptionalTensor& mask) {
     ForwardArguments a{
-        input, running_mean, running_var, weight, bias, residual, eps,
-        check_activation("forward", activation), negative_slope, output, coefficients, mask};
+        input,          running_mean, running_var,  weight,
+        bias,           residual,     eps,          check_activation("forward", activation),
+        negative_slope, output,       coefficients, mask};
     check("forward", a);
     run_forward(a, make_alike(a));
     copy_back(a.output, output);
   }
 
   static void backward(
-      const Tensor& grad_output,
-      const Tensor& coefficients,
-      const OptionalTensor& mask,
-      const OptionalTensor& input,
-      const OptionalTensor& residual,
-      int64_t activation,
-      double negative_slope,
-      const OptionalTensor& grad_input,
-      const OptionalTensor& grad_weight,
-      const OptionalTensor& grad_bias,
-      const OptionalTensor& grad_residual) {
-    BackwardArguments a{
-        grad_output, coefficients, mask, input, residual,
-        check_activation("backward", activation), negative_slope,
-        grad_input, grad_weight, grad_bias, grad_residual};
+      const Tensor& grad_output, const Tensor& coefficients, const OptionalTensor& mask,
+      const OptionalTensor& input, const OptionalTensor& residual, int64_t activation,
+      double negative_slope, const OptionalTensor& grad_input, const OptionalTensor& grad_weight,
+      const OptionalTensor& grad_bias, const OptionalTensor& grad_residual) {
+    BackwardArguments a{grad_output,    coefficients, mask,
+                        input,          residual,     check_activation("backward", activation),
+                        negative_slope, grad_input,   grad_weight,
+                        grad_bias,      grad_residual};
     check("backward", a);
     run_backward(a, make_alike(a));
     copy_back(a.grad_input, grad_input);

@@ -48,6 +48,11 @@ def _check_device(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
         raise fail(op, f"{name} to be on {input.device}", str(tensor.device))
 
 
+def _check_rank(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dim() < 2:
+        raise fail(op, f"{name} to have at least 2 dimensions", f"shape {list(tensor.shape)}")
+
+
 def _check_channel_vector(op: str, name: str, vector: Tensor | None, input: Tensor) -> None:
     if vector is None:
         return
@@ -57,14 +62,48 @@ def _check_channel_vector(op: str, name: str, vector: Tensor | None, input: Tens
     _check_device(op, name, vector, input)
 
 
-def _check_residual(op: str, residual: Tensor | None, input: Tensor) -> None:
-    if residual is None:
+def _check_like(op: str, name: str, tensor: Tensor | None, input: Tensor) -> None:
+    if tensor is None:
         return
-    if residual.shape != input.shape:
-        raise fail(op, f"residual to have shape {list(input.shape)}", str(list(residual.shape)))
-    if residual.dtype != input.dtype:
-        raise fail(op, f"residual to be {_dtype(input.dtype)}", _dtype(residual.dtype))
-    _check_device(op, "residual", residual, input)
+    if tensor.shape != input.shape:
+        raise fail(op, f"{name} to have shape {list(input.shape)}", str(list(tensor.shape)))
+    if tensor.dtype != input.dtype:
+        raise fail(op, f"{name} to be {_dtype(input.dtype)}", _dtype(tensor.dtype))
+    _check_device(op, name, tensor, input)
+
+
+def _check_not_expanded(op: str, name: str, tensor: Tensor) -> None:
+    expanded = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    if expanded and tensor.numel() > 0:
+        strides = f"strides {list(tensor.stride())}"
+        raise fail(op, f"{name} not to be expanded in memory", strides)
+
+
+def _check_internal(
+    op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int], input: Tensor
+) -> None:
+    if tensor.dtype != dtype or not tensor.is_contiguous() or list(tensor.shape) != shape:
+        raise fail(
+            op,
+            f"{name} to be contiguous {_dtype(dtype)} of shape {shape}",
+            f"{_dtype(tensor.dtype)} of shape {list(tensor.shape)}",
+        )
+    _check_device(op, name, tensor, input)
+
+
+def _check_coefficients(op: str, coefficients: Tensor, input: Tensor) -> None:
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    _check_internal(op, "coefficients", coefficients, dtype, [4, input.shape[1]], input)
+
+
+def _check_mask(op: str, mask: Tensor, input: Tensor) -> None:
+    _check_internal(op, "mask", mask, torch.uint8, [(input.numel() + 7) // 8], input)
+
+
+def _check_code(op: str, code: int) -> None:
+    if not 0 <= code < len(ACTIVATIONS):
+        last = len(ACTIVATIONS) - 1
+        raise fail(op, f"activation to be a code from 0 to {last}", str(code))
 
 
 def check_forward(
@@ -78,14 +117,13 @@ def check_forward(
 ) -> None:
     """Raise ``RuntimeError`` unless ``frozen_bn::forward`` can take these."""
     op = "forward"
-    if input.dim() < 2:
-        raise fail(op, "input to have at least 2 dimensions", f"shape {list(input.shape)}")
+    _check_rank(op, "input", input)
     _check_dtype(op, "input", input)
     _check_channel_vector(op, "running_mean", running_mean, input)
     _check_channel_vector(op, "running_var", running_var, input)
     _check_channel_vector(op, "weight", weight, input)
     _check_channel_vector(op, "bias", bias, input)
-    _check_residual(op, residual, input)
+    _check_like(op, "residual", residual, input)
     if not (eps >= 0 and math.isfinite(eps)):
         raise fail(op, "eps to be finite and >= 0", f"{eps:g}")
 
@@ -101,7 +139,57 @@ def check_inplace(input: Tensor) -> None:
                 "input not to be a leaf that requires grad when inplace=True",
                 f"{kind} that does",
             )
-    expanded = any(s == 0 and n > 1 for s, n in zip(input.stride(), input.shape, strict=True))
-    if expanded:
-        strides = str(list(input.stride()))
-        raise fail("forward", "input not to be expanded in memory", f"strides {strides}")
+    _check_not_expanded("forward", "input", input)
+
+
+def check_forward_outputs(
+    input: Tensor,
+    activation: int,
+    output: Tensor,
+    coefficients: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Raise ``RuntimeError`` unless ``frozen_bn::forward`` can write its results to these."""
+    op = "forward"
+    _check_code(op, activation)
+    _check_like(op, "output", output, input)
+    _check_not_expanded(op, "output", output)
+    if coefficients is not None:
+        _check_coefficients(op, coefficients, input)
+    if mask is not None:
+        _check_mask(op, mask, input)
+
+
+def check_backward(
+    grad_output: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    input: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_residual: Tensor | None,
+) -> None:
+    """Raise ``RuntimeError`` unless ``frozen_bn::backward`` can take these."""
+    op = "backward"
+    _check_code(op, activation)
+    _check_rank(op, "grad_output", grad_output)
+    _check_dtype(op, "grad_output", grad_output)
+    _check_coefficients(op, coefficients, grad_output)
+    if ACTIVATIONS[activation] in ("relu", "relu6", "leaky_relu"):
+        if mask is None:
+            raise fail(op, "mask", "None")
+        _check_mask(op, mask, grad_output)
+        if grad_input is None:
+            raise fail(op, "grad_input", "None")
+    smooth = ACTIVATIONS[activation] in ("silu", "hardswish")
+    if input is None and (smooth or grad_weight is not None):
+        raise fail(op, "input", "None")
+    _check_like(op, "input", input, grad_output)
+    _check_like(op, "residual", residual, grad_output)
+    _check_like(op, "grad_input", grad_input, grad_output)
+    _check_like(op, "grad_residual", grad_residual, grad_output)
+    _check_channel_vector(op, "grad_weight", grad_weight, grad_output)
+    _check_channel_vector(op, "grad_bias", grad_bias, grad_output)

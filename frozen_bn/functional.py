@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import ops, reference
 from .checks import ACTIVATIONS, activation_code, check_inplace
@@ -23,26 +23,26 @@ if "cpu" in ops.live:
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 
+#: What no gradient flows to: running_mean, running_var, eps, activation code, negative_slope,
+#: inplace. In one tuple, because autograd looks at every argument of a Function.
+_Constants = tuple[Tensor, Tensor, float, int, float, bool]
+
 
 class _FrozenBatchNorm(torch.autograd.Function):
     """Saves the channel coefficients, one bit an element behind a piecewise-linear activation, and
     the input only where the gradient of the weight or of a smooth activation needs it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-        eps: float,
-        code: int,
-        negative_slope: float,
-        inplace: bool,
+        constants: _Constants,
     ) -> Tensor:
-        _, weight_gradient, bias_gradient, *_ = ctx.needs_input_grad
+        running_mean, running_var, eps, code, negative_slope, inplace = constants
+        _, weight_gradient, bias_gradient, _, _ = ctx.needs_input_grad
         smooth = code in _SMOOTH
         kept = input if weight_gradient or smooth else None
         if inplace:
@@ -51,14 +51,13 @@ class _FrozenBatchNorm(torch.autograd.Function):
             output = input
         else:
             output = torch.empty_like(input)
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        device = input.device
         # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
         # buffers, nobody can change it in the meantime.
-        coefficients = torch.empty((4, input.shape[1]), dtype=dtype, device=device)
+        dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+        coefficients = torch.empty((4, input.shape[1]), dtype=dtype, device=input.device)
         mask = None
         if code in _MASKED:
-            mask = torch.empty((input.numel() + 7) // 8, dtype=torch.uint8, device=device)
+            mask = input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
         _forward(
             input,
             running_mean,
@@ -81,30 +80,32 @@ class _FrozenBatchNorm(torch.autograd.Function):
             weight if weight_gradient else None,
             bias if bias_gradient and smooth else None,
         )
-        ctx.code = code
-        ctx.negative_slope = negative_slope
-        ctx.strides = output.stride()
-        ctx.weight_dtype = weight.dtype if weight_gradient else None
-        ctx.bias_dtype = bias.dtype if bias_gradient else None
+        ctx.plan = (
+            code,
+            negative_slope,
+            output.stride(),
+            weight.dtype if weight_gradient else None,  # type: ignore[union-attr]
+            bias.dtype if bias_gradient else None,  # type: ignore[union-attr]
+        )
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad_output)
         coefficients, mask, input, residual, _, _ = ctx.saved_tensors
-        code = ctx.code
-        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        code, negative_slope, strides, weight_dtype, bias_dtype = ctx.plan
+        needs_input, _, _, needs_residual, _ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = grad_residual = None
         shape = grad_output.shape
         if needs_input or mask is not None:
-            grad_input = grad_output.new_empty_strided(shape, ctx.strides)
-        if needs_weight:
-            grad_weight = grad_output.new_empty(shape[1], dtype=ctx.weight_dtype)
-        if needs_bias:
-            grad_bias = grad_output.new_empty(shape[1], dtype=ctx.bias_dtype)
+            grad_input = grad_output.new_empty_strided(shape, strides)
+        if weight_dtype is not None:
+            grad_weight = grad_output.new_empty(shape[1], dtype=weight_dtype)
+        if bias_dtype is not None:
+            grad_bias = grad_output.new_empty(shape[1], dtype=bias_dtype)
         if needs_residual and code != 0:
-            grad_residual = grad_output.new_empty_strided(shape, ctx.strides)
+            grad_residual = grad_output.new_empty_strided(shape, strides)
         _backward(
             grad_output,
             coefficients,
@@ -112,7 +113,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
             input,
             residual,
             code,
-            ctx.negative_slope,
+            negative_slope,
             grad_input,
             grad_weight,
             grad_bias,
@@ -120,24 +121,32 @@ class _FrozenBatchNorm(torch.autograd.Function):
         )
         if needs_residual and code == 0:
             grad_residual = grad_output
-        grad_input = grad_input if needs_input else None
-        return grad_input, grad_weight, grad_bias, grad_residual, *(None,) * 6
+        return grad_input if needs_input else None, grad_weight, grad_bias, grad_residual, None
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = reference.backward(
+    code, negative_slope, strides, weight_dtype, bias_dtype = ctx.plan
+    coefficients, mask, input, residual, weight, bias = ctx.saved_tensors
+    grad_input, grad_weight, grad_bias, grad_residual = reference.backward(
         grad_output,
-        *ctx.saved_tensors,
-        ctx.strides,
-        ACTIVATIONS[ctx.code],
-        ctx.negative_slope,
+        coefficients,
+        mask,
+        input,
+        residual,
+        weight,
+        bias,
+        strides,
+        ACTIVATIONS[code],
+        negative_slope,
     )
-    dtypes = (None, ctx.weight_dtype, ctx.bias_dtype, None)
-    wanted = (
-        (g if dtype is None or g is None else g.to(dtype)) if needed else None
-        for g, dtype, needed in zip(gradients, dtypes, ctx.needs_input_grad, strict=False)
+    needs_input, _, _, needs_residual, _ = ctx.needs_input_grad
+    return (
+        grad_input if needs_input else None,
+        grad_weight.to(weight_dtype) if weight_dtype else None,  # type: ignore[union-attr]
+        grad_bias.to(bias_dtype) if bias_dtype else None,
+        grad_residual if needs_residual else None,
+        None,
     )
-    return *wanted, *(None,) * 6
 
 
 def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
@@ -147,7 +156,6 @@ def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) 
         or _functorch_active()
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or has_torch_function_unary(input)
         or running_mean.requires_grad
         or running_var.requires_grad
     ):
@@ -169,7 +177,7 @@ def frozen_batch_norm(
     residual: Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Batch normalization with fixed statistics, an optional residual, and an activation, in one pass.
+    """Batch normalization with fixed statistics, a residual and an activation, in one pass.
 
     .. math:: y = act((x - mean) * weight / sqrt(var + eps) + bias + residual)
 
@@ -201,8 +209,23 @@ def frozen_batch_norm(
             been modified then.
         ValueError: an unknown ``activation``.
 
-    Gradients flow to ``input``, ``weight``, ``bias`` and ``residual``, each computed only if needed.
+    Gradients flow to ``input``, ``weight``, ``bias`` and ``residual``, each only if needed.
     """
+    if has_torch_function_unary(input):  # tracers (torch.fx) and tensor subclasses
+        return handle_torch_function(
+            frozen_batch_norm,
+            (input,),
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            negative_slope=negative_slope,
+            residual=residual,
+            inplace=inplace,
+        )
     if _takes_plain_path(input, running_mean, running_var):
         return reference.frozen_batch_norm(
             input,
@@ -227,18 +250,9 @@ def frozen_batch_norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _FrozenBatchNorm.apply(  # type: ignore[no-any-return]
-            input,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            eps,
-            code,
-            negative_slope,
-            inplace,
-        )
+        constants = (running_mean, running_var, eps, code, negative_slope, inplace)
+        output: Tensor = _FrozenBatchNorm.apply(input, weight, bias, residual, constants)
+        return output
     output = input if inplace else torch.empty_like(input)
     _forward(
         input,

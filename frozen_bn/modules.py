@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.overrides import has_torch_function_unary
 
 from .checks import activation_code, fail
 from .functional import frozen_batch_norm
@@ -64,7 +65,7 @@ class _FrozenBatchNorm(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input``, add ``residual`` (same shape and dtype), apply the activation."""
-        if self._ranks and input.dim() not in self._ranks:
+        if not has_torch_function_unary(input) and self._ranks and input.dim() not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise fail("forward", f"input to have {ranks} dimensions", f"shape {list(input.shape)}")
         return frozen_batch_norm(

@@ -1,4 +1,4 @@
-"""The compiled operators ``torch.ops.frozen_bn.*``: loading them, and their fake implementations."""
+"""Loads the compiled operators ``torch.ops.frozen_bn.*``, and gives them fakes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _load_cuda() -> None:
         unavailable["cuda"] = "this torch has no CUDA"
     else:
         try:
-            torch.ops.load_library(library)
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
             live.add("cuda")
         except OSError as error:
             unavailable["cuda"] = str(error)
@@ -69,11 +69,36 @@ def _fake_forward(
     coefficients: Tensor | None,
     mask: Tensor | None,
 ) -> None:
+    # The results are the caller's: there is nothing to make up.
     checks.check_forward(input, running_mean, running_var, weight, bias, residual, eps)
+    checks.check_forward_outputs(input, activation, output, coefficients, mask)
 
 
-def _fake_backward(*arguments: object) -> None:
-    """The gradients are the caller's: there is nothing to make up."""
+def _fake_backward(
+    grad_output: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    input: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_residual: Tensor | None,
+) -> None:
+    checks.check_backward(
+        grad_output,
+        coefficients,
+        mask,
+        input,
+        residual,
+        activation,
+        grad_input,
+        grad_weight,
+        grad_bias,
+        grad_residual,
+    )
 
 
 if "cpu" in live:

@@ -24,6 +24,15 @@ def _activate(z: Tensor, activation: str | None, negative_slope: float) -> Tenso
     return z
 
 
+def _slope(z: Tensor, activation: str | None) -> Tensor:
+    """The derivative of a smooth activation, itself differentiable and transformable."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(z)
+        return sigmoid * (1 + z * (1 - sigmoid))
+    inner = torch.where(z < 3, z / 3 + 0.5, 1.0)
+    return torch.where(z <= -3, 0.0, inner)
+
+
 def _broadcastable(vector: Tensor, like: Tensor) -> Tensor:
     """``[C]`` to ``[1, C, 1, ...]``."""
     return vector.reshape([1, -1] + [1] * (like.dim() - 2))
@@ -48,6 +57,8 @@ def frozen_batch_norm(
     argument, and transformable by ``torch.func``, ``torch.compile`` and the tracers.
     """
     activation_code(activation)
+    if inplace:
+        check_inplace(input)
     check_forward(input, running_mean, running_var, weight, bias, residual, eps)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     scale = torch.rsqrt(running_var.to(dtype) + eps)
@@ -61,7 +72,6 @@ def frozen_batch_norm(
         z = z + residual.to(dtype)
     output = _activate(z, activation, negative_slope).to(input.dtype)
     if inplace:
-        check_inplace(input)
         return input.copy_(output)
     return output
 
@@ -99,7 +109,7 @@ def backward(
         z = (input.to(dtype) - mean) * scale + shift
         if residual is not None:
             z = z + residual.to(dtype)
-        (g,) = torch.autograd.grad(_activate(z, activation, 0.0), z, g, create_graph=True)
+        g = g * _slope(z, activation)
     others = [d for d in range(grad_output.dim()) if d != 1]
     grad_weight = None
     if input is not None:
@@ -108,6 +118,8 @@ def backward(
 
 
 def _unpack(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
-    """The bits of a mask as booleans, in the shape of the tensor that they belong to."""
+    """The bits of a mask as booleans, in the shape of the tensor that they belong to, which had
+    these strides. They are in the order of its storage, gaps closed."""
+    dense = torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
     bits = (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    return bits.flatten()[: shape.numel()].as_strided(shape, strides).bool()
+    return bits.flatten()[: shape.numel()].as_strided(shape, dense).bool()

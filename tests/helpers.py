@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import frozen_bn
+
 VECTORS = ["weight", "bias", "running_mean", "running_var"]
 ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"]
 
@@ -44,3 +46,15 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         torch.testing.assert_close(
             actual[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def _runnable(level: str) -> bool:
+    try:
+        frozen_bn._C.select_cpu_level(level)
+    except ValueError:
+        return False
+    return True
+
+
+#: The instruction sets of the CPU kernels that this machine can run, the best one last.
+CPU_LEVELS = [level for level in ("portable", "avx2", "avx512") if _runnable(level)]

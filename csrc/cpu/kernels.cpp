@@ -19,10 +19,10 @@ const Kernels* find_kernels(const char* name) {
   const auto matches = [&](const Kernels& k) { return !name || !std::strcmp(name, k.name); };
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   if (avx512 && matches(kAvx512Kernels)) return &kAvx512Kernels;
   if (avx2 && matches(kAvx2Kernels)) return &kAvx2Kernels;
 #endif

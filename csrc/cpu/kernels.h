@@ -54,20 +54,20 @@ struct BackwardParams {
 };
 
 // Sums over one thread's range, [channels] each: of the gradient g behind the activation, and of
-// g * (input - mean). Null where not asked for. `spread` is working space for them where the
-// coefficients are spread, zeroed, 2 * (period + kMaxLanes) floats (doubles for a double input).
+// g * (input - mean). Null where not asked for. `spread` is working space where the coefficients
+// are spread: 2 * (period + kMaxLanes) zeros.
 struct ChannelSums {
   double* g;
   double* g_centered;
-  void* spread;
+  double* spread;
 };
 
-// Rows of [channels], in float (double for a double input).
+// In double, so that each coefficient is rounded only once.
 struct CoefficientParams {
-  const void* var;
-  const void* weight;
-  void* scale;    // out: weight / sqrt(var + eps)
-  void* inv_std;  // out: 1 / sqrt(var + eps)
+  const double* var;     // [channels]
+  const double* weight;  // [channels]
+  void* scale;           // out: weight / sqrt(var + eps), float (double for a double input)
+  void* inv_std;         // out: 1 / sqrt(var + eps), likewise
   int64_t channels;
   double eps;
 };

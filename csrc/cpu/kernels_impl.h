@@ -27,22 +27,22 @@ void write_partial_mask(uint8_t* mask, int64_t i, int64_t n, const uint8_t* bits
 
 template <class T>
 void compute_coefficients(const CoefficientParams& p) {
-  const T* var = static_cast<const T*>(p.var);
-  const T* weight = static_cast<const T*>(p.weight);
-  const auto compute = [&](const T* var, const T* weight, T* scale, T* inv_std) {
-    const Vec<T> inverse = inverse_std(load(var), splat<T>(p.eps));
-    store(inv_std, inverse, false);
-    store(scale, inverse * load(weight), false);
+  T *scale = static_cast<T*>(p.scale), *inv_std = static_cast<T*>(p.inv_std);
+  const auto compute = [&](const double* var, const double* weight, T* scale, T* inv_std) {
+    const Vec<double> inverse = inverse_std(load(var), splat(p.eps));
+    store(inv_std, __builtin_convertvector(inverse, Vec<T>), false);
+    store(scale, __builtin_convertvector(inverse * load(weight), Vec<T>), false);
   };
   int64_t c = 0;
   for (; c + kLanes <= p.channels; c += kLanes) {
-    compute(var + c, weight + c, static_cast<T*>(p.scale) + c, static_cast<T*>(p.inv_std) + c);
+    compute(p.var + c, p.weight + c, scale + c, inv_std + c);
   }
   if (const int64_t n = p.channels - c) {
-    PartialPack<T> v(var, c, n), w(weight, c, n), scale(nullptr, 0, 0), inv_std(nullptr, 0, 0);
-    compute(v.values, w.values, scale.values, inv_std.values);
-    std::memcpy(static_cast<T*>(p.scale) + c, scale.values, n * sizeof(T));
-    std::memcpy(static_cast<T*>(p.inv_std) + c, inv_std.values, n * sizeof(T));
+    PartialPack<double> var(p.var, c, n), weight(p.weight, c, n);
+    PartialPack<T> last_scale(nullptr, 0, 0), last_inv_std(nullptr, 0, 0);
+    compute(var.values, weight.values, last_scale.values, last_inv_std.values);
+    std::memcpy(scale + c, last_scale.values, n * sizeof(T));
+    std::memcpy(inv_std + c, last_inv_std.values, n * sizeof(T));
   }
 }
 
@@ -74,26 +74,21 @@ struct ForwardBody {
       int64_t i, int64_t n, Slot slot, LaneCoefficients<T> k) const {
     PartialPack<S> x(input, i, n), r(residual, i, n), y(nullptr, 0, 0);
     uint8_t bits[2];
-    ForwardBody{
-        x.values, r.or_null(residual), y.values, mask ? bits : nullptr, negative_slope, false}(
-        0, slot, k);
+    ForwardBody{x.values, r.or_null(residual), y.values, mask ? bits : nullptr, negative_slope,
+                false}(0, slot, k);
     std::memcpy(output + i, y.values, n * sizeof(S));
     write_partial_mask(mask, i, n, bits);
   }
 
-  void flush(int64_t = 0) const {}
+  void flush(int64_t) const {}
 };
 
 template <class S, Activation kAct>
 void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
   using T = acc_t<S>;
-  ForwardBody<S, kAct> body{
-      static_cast<const S*>(p.input),
-      static_cast<const S*>(p.residual),
-      static_cast<S*>(p.output),
-      p.mask,
-      splat<T>(p.negative_slope),
-      p.stream};
+  ForwardBody<S, kAct> body{static_cast<const S*>(p.input), static_cast<const S*>(p.residual),
+                            static_cast<S*>(p.output),      p.mask,
+                            splat<T>(p.negative_slope),     p.stream};
   if (p.coefficients.period == 0) {
     traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
   } else {
@@ -102,12 +97,12 @@ void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
   if (p.stream) streaming_done();
 }
 
-// Where the channel sums of a backward pass collect: nowhere, in registers (planar), or in an
-// array beside the spread coefficients.
+// The channel sums of a backward pass: a few packs are summed in registers, in the precision of
+// the arithmetic, then put away in double.
 struct NoSums {
   template <class V, class Slot>
   FROZEN_BN_INLINE void add(V, V, Slot) {}
-  void flush(int64_t = 0) {}
+  FROZEN_BN_INLINE void flush(int64_t) {}
 };
 
 template <class T>
@@ -146,35 +141,34 @@ struct PlanarSums {
 
 template <class T>
 struct SpreadSums {
-  ChannelSums totals;
-  const Layout& layout;
-  int64_t period;
-  T* g = static_cast<T*>(totals.spread);
-  T* centered = g + period + kMaxLanes;
+  double* spread_g;
+  double* spread_centered;
+  Vec<T> g{}, centered{};
 
-  FROZEN_BN_INLINE void add(Vec<T> pack_g, Vec<T> pack_centered, int64_t slot) {
-    accumulate(g + slot, pack_g);
-    accumulate(centered + slot, pack_centered);
+  FROZEN_BN_INLINE void add(Vec<T> pack_g, Vec<T> pack_centered, int64_t) {
+    g += pack_g;
+    centered += pack_centered;
   }
 
-  FROZEN_BN_INLINE static void accumulate(T* sums, Vec<T> pack) {
-    store(sums, load(sums) + pack, false);
+  FROZEN_BN_INLINE void flush(int64_t slot) {
+    accumulate(spread_g + slot, g);
+    accumulate(spread_centered + slot, centered);
+    g = centered = Vec<T>{};
   }
 
-  void flush() {
-    int64_t channel = 0, run = 0;
-    for (int64_t j = 0; j < period + kMaxLanes; ++j) {
-      if (j == period) channel = run = 0;
-      totals.g[channel] += g[j];
-      totals.g_centered[channel] += centered[j];
-      g[j] = centered[j] = 0;
-      if (++run == layout.inner) {
-        run = 0;
-        if (++channel == layout.channels) channel = 0;
-      }
-    }
+  FROZEN_BN_INLINE static void accumulate(double* sums, Vec<T> pack) {
+    store(sums, load(sums) + __builtin_convertvector(pack, Vec<double>), false);
   }
 };
+
+void gather_spread(const ChannelSums& totals, const Layout& layout, int64_t period) {
+  const double *g = totals.spread, *centered = totals.spread + period + kMaxLanes;
+  for (int64_t j = 0; j < period + kMaxLanes; ++j) {
+    const int64_t channel = j % period / layout.inner % layout.channels;
+    totals.g[channel] += g[j];
+    totals.g_centered[channel] += centered[j];
+  }
+}
 
 template <class S, Activation kAct, class Sums>
 struct BackwardBody {
@@ -202,7 +196,7 @@ struct BackwardBody {
       MaskBits bits;
       std::memcpy(&bits, mask + i / 8, sizeof(bits));
       const Vec<T> attenuated = kAct == Activation::kLeakyRelu ? g * negative_slope : zero;
-      g = from_bits<T>(bits) ? attenuated : g;
+      g = select<T>(bits, attenuated, g);
     }
     if (grad_input) store(grad_input + i, g * k.scale, stream);
     if (grad_residual) store(grad_residual + i, g, stream);
@@ -230,11 +224,8 @@ struct BackwardBody {
     if (grad_residual) std::memcpy(grad_residual + i, dr.values, n * sizeof(S));
   }
 
-  void flush(int64_t channel) const {
-    sums.flush(channel);
-  }
-  void flush() const {
-    sums.flush();
+  FROZEN_BN_INLINE void flush(int64_t where) const {
+    sums.flush(where);
   }
 };
 
@@ -267,8 +258,11 @@ void backward_range(const BackwardParams& p, int64_t begin, int64_t end, Channel
   const int64_t period = p.coefficients.period;
   if (period == 0) {
     totals.g ? planar(PlanarSums<T>{totals}) : planar(NoSums{});
+  } else if (totals.g) {
+    spread(SpreadSums<T>{totals.spread, totals.spread + period + kMaxLanes});
+    gather_spread(totals, p.layout, period);
   } else {
-    totals.g ? spread(SpreadSums<T>{totals, p.layout, period}) : spread(NoSums{});
+    spread(NoSums{});
   }
   if (p.stream) streaming_done();
 }
@@ -291,18 +285,15 @@ void coefficients(Dtype dtype, const CoefficientParams& p) {
   dtype == Dtype::kDouble ? compute_coefficients<double>(p) : compute_coefficients<float>(p);
 }
 
-void forward(Dtype dtype, Activation activation, const ForwardParams& p, int64_t begin, int64_t end) {
+void forward(
+    Dtype dtype, Activation activation, const ForwardParams& p, int64_t begin, int64_t end) {
   dispatch(dtype, activation, [&](auto storage, auto act) {
     forward_range<decltype(storage), act.value>(p, begin, end);
   });
 }
 
 void backward(
-    Dtype dtype,
-    Activation activation,
-    const BackwardParams& p,
-    int64_t begin,
-    int64_t end,
+    Dtype dtype, Activation activation, const BackwardParams& p, int64_t begin, int64_t end,
     ChannelSums totals) {
   dispatch(dtype, gradient_kind(activation), [&](auto storage, auto act) {
     backward_range<decltype(storage), act.value>(p, begin, end, totals);

@@ -102,8 +102,8 @@ FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
   rounded = _mm512_maskz_srli_epi32(kAllLanes, rounded, 16);
   return (Vec<uint16_t>)_mm512_maskz_cvtepi32_epi16(kAllLanes, rounded);
 }
-FROZEN_BN_INLINE uint16_t to_bits(Lanes32 mask) {
-  return _mm512_movepi32_mask((__m512i)mask);
+FROZEN_BN_INLINE uint16_t to_bits(__mmask16 mask) {
+  return mask;
 }
 FROZEN_BN_INLINE void stream_bytes(void* to, Vec<float> pack) {
   _mm512_stream_ps(static_cast<float*>(to), (__m512)pack);
@@ -158,7 +158,7 @@ FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
 using MaskBits = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
 
 template <class Mask>
-FROZEN_BN_INLINE MaskBits to_bits(Mask mask) {
+FROZEN_BN_INLINE auto to_bits(Mask mask) -> decltype(mask[0], MaskBits{}) {
   MaskBits bits = 0;
   for (int lane = 0; lane < kLanes; ++lane) bits |= (mask[lane] & 1) << lane;
   return bits;
@@ -171,10 +171,16 @@ FROZEN_BN_INLINE auto lane_numbers() {
   return numbers;
 }
 
+// Of each lane, a's value where its bit is set, else b's.
 template <class T>
-FROZEN_BN_INLINE auto from_bits(MaskBits bits) {
+FROZEN_BN_INLINE Vec<T> select(MaskBits bits, Vec<T> a, Vec<T> b) {
+#if FROZEN_BN_CPU_LEVEL == 2
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return (Vec<T>)_mm512_mask_blend_ps(bits, (__m512)b, (__m512)a);
+  }
+#endif
   const auto lanes = lane_numbers<T>();
-  return (((lanes - lanes + bits) >> lanes) & 1) != 0;
+  return ((lanes - lanes + bits) >> lanes & 1) != 0 ? a : b;
 }
 
 FROZEN_BN_INLINE Vec<float> to_storage(Vec<float> pack, float*) {
@@ -217,18 +223,11 @@ struct Math<Vec<float>> {
   FROZEN_BN_INLINE static V min(V a, V b) {
     return (V)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
   }
-  FROZEN_BN_INLINE static V sqrt(V x) {
-    return (V)_mm512_maskz_sqrt_ps(kAllLanes, (__m512)x);
+  FROZEN_BN_INLINE static __mmask16 less_equal(V a, V b) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
   }
-#elif FROZEN_BN_CPU_LEVEL == 1
-  FROZEN_BN_INLINE static V max(V a, V b) {
-    return (V)_mm256_max_ps((__m256)a, (__m256)b);
-  }
-  FROZEN_BN_INLINE static V min(V a, V b) {
-    return (V)_mm256_min_ps((__m256)a, (__m256)b);
-  }
-  FROZEN_BN_INLINE static V sqrt(V x) {
-    return (V)_mm256_sqrt_ps((__m256)x);
+  FROZEN_BN_INLINE static __mmask16 not_greater(V a, V b) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NGT_UQ);
   }
 #else
   FROZEN_BN_INLINE static V max(V a, V b) {
@@ -237,9 +236,11 @@ struct Math<Vec<float>> {
   FROZEN_BN_INLINE static V min(V a, V b) {
     return a < b ? a : b;
   }
-  FROZEN_BN_INLINE static V sqrt(V x) {
-    for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
-    return x;
+  FROZEN_BN_INLINE static Lanes32 less_equal(V a, V b) {
+    return a <= b;
+  }
+  FROZEN_BN_INLINE static Lanes32 not_greater(V a, V b) {
+    return ~(a > b);
   }
 #endif
 
@@ -278,8 +279,26 @@ struct Math<Vec<double>> {
     return a < b ? a : b;
   }
   FROZEN_BN_INLINE static V sqrt(V x) {
+#if FROZEN_BN_CPU_LEVEL == 2
+    __m512d halves[2];
+    std::memcpy(halves, &x, sizeof(V));
+    for (__m512d& half : halves) half = _mm512_maskz_sqrt_pd(0xff, half);
+    return load_unaligned<V>(halves);
+#elif FROZEN_BN_CPU_LEVEL == 1
+    __m256d halves[2];
+    std::memcpy(halves, &x, sizeof(V));
+    for (__m256d& half : halves) half = _mm256_sqrt_pd(half);
+    return load_unaligned<V>(halves);
+#else
     for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
     return x;
+#endif
+  }
+  FROZEN_BN_INLINE static auto less_equal(V a, V b) {
+    return a <= b;
+  }
+  FROZEN_BN_INLINE static auto not_greater(V a, V b) {
+    return ~(a > b);
   }
   FROZEN_BN_INLINE static V exp(V x) {
     for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::exp(x[lane]);

@@ -2,9 +2,9 @@
 //
 //   body(i, slot, k)             a whole pack, from element i
 //   body.partial(i, n, slot, k)  its first n lanes: the end of the tensor
-//   body.flush(...)              where running sums have to be put away
+//   body.flush(where)            puts away what it summed since the last flush
 //
-// with `k` the channel coefficients of each lane and `slot` where sums over this pack belong.
+// with `k` the channel coefficients of each lane, `slot` and `where` saying which those are.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct LaneCoefficients {
   Vec<T> mean, scale, bias;
 };
 
-// Packs up to this many share an accumulator in single precision.
+// As many packs are summed in single precision.
 constexpr int64_t kPacksPerSum = 64;
 
 // Lanes below `split` are of `channel`, the others of the `next`.
@@ -41,8 +41,7 @@ FROZEN_BN_INLINE LaneCoefficients<T> blend(
     int64_t split, const LaneCoefficients<T>& below, const LaneCoefficients<T>& above) {
   const auto here = lanes_below<T>(split);
   return {
-      here ? below.mean : above.mean,
-      here ? below.scale : above.scale,
+      here ? below.mean : above.mean, here ? below.scale : above.scale,
       here ? below.bias : above.bias};
 }
 
@@ -91,8 +90,11 @@ FROZEN_BN_INLINE void traverse_planar(
   body.flush(channel);
 }
 
+// Each pack's coefficients serve so many packs, a period apart.
+constexpr int64_t kPeriodsAtOnce = 4;
+
 // Channels change with every element or every few (channels_last, small maps): the coefficients
-// have been spread, and each pack loads its own.
+// have been spread, and packs load theirs.
 template <class T, class Body>
 FROZEN_BN_INLINE void traverse_spread(
     const Coefficients& rows, int64_t begin, int64_t end, Body body) {
@@ -102,24 +104,30 @@ FROZEN_BN_INLINE void traverse_spread(
   const auto coefficients = [&](int64_t slot) {
     return LaneCoefficients<T>{load(mean + slot), load(scale + slot), load(bias + slot)};
   };
-  const int64_t period = rows.period;
+  const int64_t period = rows.period, block = kPeriodsAtOnce * period;
   const int64_t last = end - kLanes;  // where a whole pack can start
-  int64_t i = begin, slot = begin % period, packs = 0;
+  int64_t i = begin, slot = begin % period;
   while (i <= last) {
-    const int64_t ahead = slot - i;
+    for (; slot == 0 && period % kLanes == 0 && i + block <= end; i += block) {
+      for (; slot < period; slot += kLanes) {
+        const auto k = coefficients(slot);
+#pragma GCC unroll 4
+        for (int64_t row = 0; row < block; row += period) body(i + slot + row, slot, k);
+        body.flush(slot);
+      }
+      slot = 0;
+    }
     const int64_t stop = std::min(last, i + period - slot - 1);
-    for (; i <= stop; i += kLanes) {
-      body(i, i + ahead, coefficients(i + ahead));
-      ++packs;
+    for (; i <= stop; i += kLanes, slot += kLanes) {
+      body(i, slot, coefficients(slot));
+      body.flush(slot);
     }
-    slot = (i + ahead) % period;
-    if (packs * kLanes >= kPacksPerSum * period) {
-      body.flush();
-      packs = 0;
-    }
+    slot %= period;
   }
-  if (i < end) body.partial(i, end - i, slot, coefficients(slot));
-  body.flush();
+  if (i < end) {
+    body.partial(i, end - i, slot, coefficients(slot));
+    body.flush(slot);
+  }
 }
 
 }  // namespace

@@ -13,9 +13,9 @@ __device__ inline uint32_t divide(uint32_t x, const FastDivisor& by) {
 // Planar: one block's tile of the storage. Its runs (one channel of one sample each) are numbered
 // from 0; all arithmetic within the tile is 32-bit, whatever the size of the tensor.
 struct Tile {
-  int64_t start;         // element
-  int64_t first_run;     // number in the tensor
-  uint32_t first_left;   // elements of the tile before the second run, kTileSize if there is none
+  int64_t start;        // element
+  int64_t first_run;    // number in the tensor
+  uint32_t first_left;  // elements of the tile before the second run, kTileSize if there is none
   uint32_t runs;
 
   __device__ Tile(const Index& index, uint32_t number) : start(int64_t{number} * kTileSize) {

@@ -21,8 +21,7 @@ __device__ inline Channel read_channel(const BackwardParams& p, int64_t channel)
 __device__ inline Channel compute_channel(const ForwardParams& p, int64_t channel, float& inv_std) {
   inv_std = inverse_std(load_channel(p.var, channel, 1.0f), p.eps);
   return {
-      load_channel(p.mean, channel, 0.0f),
-      load_channel(p.weight, channel, 1.0f) * inv_std,
+      load_channel(p.mean, channel, 0.0f), load_channel(p.weight, channel, 1.0f) * inv_std,
       load_channel(p.bias, channel, 0.0f)};
 }
 
@@ -96,7 +95,8 @@ struct PlanarChannels {
   Channel here, next;
   uint32_t left;
 
-  __device__ PlanarChannels(const Channel* table, const Index& index, const Tile& tile, uint32_t offset, uint32_t run)
+  __device__ PlanarChannels(
+      const Channel* table, const Index& index, const Tile& tile, uint32_t offset, uint32_t run)
       : here(table[run]),
         next(table[run + 1 < tile.runs ? run + 1 : run]),
         left(tile.left_in_run(index, offset, run)) {}
@@ -281,10 +281,9 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t run = tile.run_of(p.index, offset);
     const PlanarChannels channels(table, p.index, tile, offset, run);
     Sums here, next;
-    backward_pack<T, kAct>(
-        p, at[k], inputs[k], channels, [&](int lane, float g, float centered) {
-          if constexpr (kSums) (lane < channels.left ? here : next).add(g, centered);
-        });
+    backward_pack<T, kAct>(p, at[k], inputs[k], channels, [&](int lane, float g, float centered) {
+      if constexpr (kSums) (lane < channels.left ? here : next).add(g, centered);
+    });
     if constexpr (kSums) {
       pack_sums[offset / kPackSize][0] = here;
       pack_sums[offset / kPackSize][1] = next;

@@ -33,8 +33,7 @@ class Device {
 
   int multiprocessors() const {
     int count = 0;
-    check_launch(
-        "device", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    check_launch("device", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
     return count;
   }
 
@@ -73,16 +72,12 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.vector_access = is_aligned({params.input, params.residual, params.output});
   check_launch(
-      "forward",
-      launch_forward(dtype_of(a.input), a.activation, plan, params, device.stream()));
+      "forward", launch_forward(dtype_of(a.input), a.activation, plan, params, device.stream()));
 }
 
 void reduce_partial_sums(
-    const BackwardArguments& a,
-    const BackwardParams& backward,
-    const Layout& layout,
-    const LaunchPlan& plan,
-    cudaStream_t stream) {
+    const BackwardArguments& a, const BackwardParams& backward, const Layout& layout,
+    const LaunchPlan& plan, cudaStream_t stream) {
   ReduceParams params{};
   params.partial_sums = backward.partial_sums;
   params.rows = plan.partial_rows;
@@ -127,8 +122,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
   params.segments = static_cast<uint32_t>(plan.segments);
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.vector_access = is_aligned(
-      {params.grad_output, params.input, params.residual, params.grad_input,
-       params.grad_residual});
+      {params.grad_output, params.input, params.residual, params.grad_input, params.grad_residual});
   check_launch(
       "backward",
       launch_backward(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));

@@ -18,7 +18,8 @@ struct FastDivisor {
   FastDivisor() = default;
   explicit FastDivisor(uint32_t d) : divisor(d), shift(0) {
     while ((uint64_t{1} << shift) < d) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
   }
 };
 
