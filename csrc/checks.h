@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <initializer_list>
 #include <sstream>
@@ -58,8 +59,11 @@ inline std::string dtype_text(ScalarType dtype) {
     case ScalarType::ComplexHalf: return "complex32";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
-    default: return torch::headeronly::toString(dtype);
+    default: break;
   }
+  std::string name = torch::headeronly::toString(dtype);
+  std::transform(name.begin(), name.end(), name.begin(), ::tolower);
+  return name;
 }
 
 inline bool is_supported(ScalarType dtype) {
@@ -180,7 +184,7 @@ inline Activation check_activation(const char* op, int64_t activation) {
 
 inline void check_eps(const char* op, double eps) {
   if (!(eps >= 0 && std::isfinite(eps))) {
-    fail(op, ": expected eps to be finite and >= 0, but got ", eps);
+    fail(op, ": expected eps to be finite and >= 0, but got ", std::isnan(eps) ? NAN : eps);
   }
 }
 

@@ -48,7 +48,8 @@ def _check_device(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
         raise fail(op, f"{name} to be on {input.device}", str(tensor.device))
 
 
-def _check_rank(op: str, name: str, tensor: Tensor) -> None:
+def check_rank(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ``RuntimeError`` unless ``tensor`` has a dimension of channels."""
     if tensor.dim() < 2:
         raise fail(op, f"{name} to have at least 2 dimensions", f"shape {list(tensor.shape)}")
 
@@ -117,7 +118,7 @@ def check_forward(
 ) -> None:
     """Raise ``RuntimeError`` unless ``frozen_bn::forward`` can take these."""
     op = "forward"
-    _check_rank(op, "input", input)
+    check_rank(op, "input", input)
     _check_dtype(op, "input", input)
     _check_channel_vector(op, "running_mean", running_mean, input)
     _check_channel_vector(op, "running_var", running_var, input)
@@ -128,9 +129,27 @@ def check_forward(
         raise fail(op, "eps to be finite and >= 0", f"{eps:g}")
 
 
+def check_history(input: Tensor) -> None:
+    """Raise ``RuntimeError`` where autograd could not record that ``input`` is overwritten."""
+    # Autograd refuses these too, but only after a custom Function has written to them.
+    if not input._is_view():
+        return
+    kinds = torch._C._autograd.CreationMeta
+    unwritable = {
+        kinds.MULTI_OUTPUT_NODE: "one of multiple views that one node returned",
+        kinds.NO_GRAD_MODE: "one made in no_grad mode",
+        kinds.INFERENCE_MODE: "one made in inference mode",
+        kinds.IN_CUSTOM_FUNCTION: "one made in a custom Function",
+    }
+    kind = torch._C._autograd._get_creation_meta(input)
+    if kind in unwritable:
+        expected = "input to be a view that autograd can follow when inplace=True"
+        raise fail("forward", expected, unwritable[kind])
+
+
 def check_inplace(input: Tensor) -> None:
     """Raise ``RuntimeError`` where writing to ``input`` would break its gradient or itself."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         root = input._base if input._is_view() else input
         if root is not None and root.is_leaf and root.requires_grad:
             kind = "a view of a leaf" if root is not input else "a leaf"
@@ -139,6 +158,8 @@ def check_inplace(input: Tensor) -> None:
                 "input not to be a leaf that requires grad when inplace=True",
                 f"{kind} that does",
             )
+        if input.requires_grad:
+            check_history(input)
     _check_not_expanded("forward", "input", input)
 
 
@@ -175,7 +196,7 @@ def check_backward(
     """Raise ``RuntimeError`` unless ``frozen_bn::backward`` can take these."""
     op = "backward"
     _check_code(op, activation)
-    _check_rank(op, "grad_output", grad_output)
+    check_rank(op, "grad_output", grad_output)
     _check_dtype(op, "grad_output", grad_output)
     _check_coefficients(op, coefficients, grad_output)
     if ACTIVATIONS[activation] in ("relu", "relu6", "leaky_relu"):

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import ops, reference
-from .checks import ACTIVATIONS, activation_code, check_inplace
+from .checks import ACTIVATIONS, activation_code, check_history, check_inplace
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _MASKED = frozenset(_CODES[name] for name in ("relu", "relu6", "leaky_relu"))
@@ -22,6 +22,7 @@ if "cpu" in ops.live:
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
 
 #: What no gradient flows to: running_mean, running_var, eps, activation code, negative_slope,
 #: inplace. In one tuple, because autograd looks at every argument of a Function.
@@ -46,7 +47,6 @@ class _FrozenBatchNorm(torch.autograd.Function):
         smooth = code in _SMOOTH
         kept = input if weight_gradient or smooth else None
         if inplace:
-            kept = None if kept is None else kept.clone()
             ctx.mark_dirty(input)
             output = input
         else:
@@ -54,7 +54,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
         # buffers, nobody can change it in the meantime.
         dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-        coefficients = torch.empty((4, input.shape[1]), dtype=dtype, device=input.device)
+        coefficients = torch.empty((4, running_mean.numel()), dtype=dtype, device=input.device)
         mask = None
         if code in _MASKED:
             mask = input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
@@ -91,7 +91,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(grad_output):
             return _differentiable_backward(ctx, grad_output)
         coefficients, mask, input, residual, _, _ = ctx.saved_tensors
         code, negative_slope, strides, weight_dtype, bias_dtype = ctx.plan
@@ -147,6 +147,10 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         grad_residual if needs_residual else None,
         None,
     )
+
+
+def _shares_storage(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
@@ -244,15 +248,22 @@ def frozen_batch_norm(
         code = activation_code(activation)  # raises
     if inplace:
         check_inplace(input)
+        if residual is not None and _shares_storage(residual, input):
+            residual = residual.clone()
     if torch.is_grad_enabled() and (
         input.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        constants = (running_mean, running_var, eps, code, negative_slope, inplace)
-        output: Tensor = _FrozenBatchNorm.apply(input, weight, bias, residual, constants)
-        return output
+        if inplace:
+            check_history(input)
+        # Where the gradient needs the input's values, they have to outlive the overwriting.
+        keep = inplace and (code in _SMOOTH or (weight is not None and weight.requires_grad))
+        constants = (running_mean, running_var, eps, code, negative_slope, inplace and not keep)
+        source = input.clone() if keep else input
+        output: Tensor = _FrozenBatchNorm.apply(source, weight, bias, residual, constants)
+        return input.copy_(output) if keep else output
     output = input if inplace else torch.empty_like(input)
     _forward(
         input,

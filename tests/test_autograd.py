@@ -355,7 +355,6 @@ def test_buffers_overwritten_between_forward_and_backward(activation):
     model.zero_grad()
 
     first = model(x).square().sum()
-    values = {name: b.clone() for name, b in model.named_buffers()}
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.copy_(buffer.clone())  # a broadcast of the same values
@@ -365,7 +364,6 @@ def test_buffers_overwritten_between_forward_and_backward(activation):
             buffer.fill_(17)
     (first + second).backward()
     torch.testing.assert_close(all_gradients(model), expected)
-    assert all((b == 17).all() for b in model.buffers()) and values
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -478,10 +476,10 @@ def test_func_jacrev_and_jacfwd_agree():
 
 
 @pytest.mark.parametrize("freeze_affine", [False, True])
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_compile_without_graph_breaks(activation, freeze_affine):
+@pytest.mark.parametrize("activation, inplace", [(None, False), ("relu", True), ("silu", False)])
+def test_compile_without_graph_breaks(activation, inplace, freeze_affine):
     torch._dynamo.reset()
-    model = layers(freeze_affine, activation=activation)
+    model = layers(freeze_affine, activation=activation, inplace=inplace)
     x = torch.randn(2, 2, 7, 7, requires_grad=True)
     y = model(x)
     y.square().sum().backward()

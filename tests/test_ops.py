@@ -183,7 +183,9 @@ def test_error_is_no_worse_than_that_of_batch_norm(shape, channels_last, cpu_lev
     best = results(reference.frozen_batch_norm(*doubles), [doubles[0], *doubles[3:]])
     for our, their, exact_value in zip(ours, theirs, best, strict=True):
         error, theirs_error = ((t.double() - exact_value).norm() for t in (our, their))
-        assert error <= theirs_error
+        # Sums of a dozen elements come down to the luck of their last rounding.
+        luck = 1.05 if our.dim() == 1 else 1.0
+        assert error <= luck * theirs_error
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

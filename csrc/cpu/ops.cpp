@@ -53,12 +53,13 @@ int64_t range_count(int64_t numel) {
 // on nothing but the size and the number of threads, so sums over them are repeatable.
 template <class F>
 void for_each_range(int64_t numel, F f) {
+  if (numel == 0) return;
   const int64_t ranges = range_count(numel);
   const int64_t units = ceil_div(numel, kRangeAlignment);
   const auto start = [&](int64_t range) {
     return std::min(numel, units * range / ranges * kRangeAlignment);
   };
-  if (ranges <= 1) return f(0, 0, numel);
+  if (ranges == 1) return f(0, 0, numel);
   torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t range = begin; range < end; ++range) f(range, start(range), start(range + 1));
   });
@@ -97,7 +98,7 @@ void compute_coefficients(const ForwardArguments& a, int64_t channels, T* rows) 
 // How often the coefficients repeat along the storage, in elements; 0 where the kernels take them
 // straight from the rows. A short period is repeated until it is a multiple of the pack.
 int64_t spread_period(const Layout& layout) {
-  if (layout.inner >= kMinInner) return 0;
+  if (layout.inner >= kMinInner || layout.numel == 0) return 0;
   constexpr int64_t kShortPeriod = 4 * kMaxLanes, kLongestRepeated = 4096;
   const int64_t period = layout.inner * layout.channels;
   int64_t repeated = std::lcm(period, kMaxLanes);
