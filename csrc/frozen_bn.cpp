@@ -55,7 +55,7 @@ PYBIND11_MODULE(_C, module) {
     if (!cpu::select_kernels(name.c_str())) {
       throw pybind11::value_error(
           "frozen_bn: expected a CPU level that this machine can run "
-          "(portable, avx2, avx512), but got " +
+          "(portable, avx2, avx512, avx512_bf16), but got " +
           name);
     }
   });

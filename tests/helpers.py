@@ -57,4 +57,4 @@ def _runnable(level: str) -> bool:
 
 
 #: The instruction sets of the CPU kernels that this machine can run, the best one last.
-CPU_LEVELS = [level for level in ("portable", "avx2", "avx512") if _runnable(level)]
+CPU_LEVELS = [level for level in ("portable", "avx2", "avx512", "avx512_bf16") if _runnable(level)]

@@ -356,3 +356,12 @@ def test_to_meta_and_back_to_empty_memory():
     frozen.to_empty(device="cpu")
     assert list(frozen.state_dict()) == VECTORS
     assert not frozen.weight.is_meta
+
+
+def test_fx_keeps_the_call_as_a_leaf():
+    layer = frozen_bn.FrozenBatchNorm2d(4, activation="relu")
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), layer))
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [frozen_bn.frozen_batch_norm]
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(traced(x), layer(traced.get_submodule("0")(x)))

@@ -11,6 +11,7 @@ extern const Kernels kPortableKernels;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 namespace {
@@ -23,6 +24,8 @@ const Kernels* find_kernels(const char* name) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (avx512_bf16 && matches(kAvx512Bf16Kernels)) return &kAvx512Bf16Kernels;
   if (avx512 && matches(kAvx512Kernels)) return &kAvx512Kernels;
   if (avx2 && matches(kAvx2Kernels)) return &kAvx2Kernels;
 #endif

@@ -83,7 +83,7 @@ struct Kernels {
 // The best of the machine, unless another was selected.
 const Kernels& kernels();
 
-// "portable", "avx2" or "avx512"; false if this machine cannot run it.
+// "portable", "avx2", "avx512" or "avx512_bf16"; false if this machine cannot run it.
 bool select_kernels(const char* name);
 
 }  // namespace frozen_bn::cpu

@@ -1,4 +1,4 @@
-// The kernels for AVX512.
+// The kernels for AVX-512.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 // Library headers first: what they define must not be compiled for a machine that may not be there.
 #include <algorithm>

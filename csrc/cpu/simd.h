@@ -18,7 +18,7 @@
 namespace frozen_bn {
 namespace {
 
-#if FROZEN_BN_CPU_LEVEL == 2
+#if FROZEN_BN_CPU_LEVEL >= 2
 constexpr int kLanes = 16;
 #else
 constexpr int kLanes = 8;
@@ -81,7 +81,7 @@ FROZEN_BN_INLINE Vec<float> load(const BFloat16* from) {
   return bit_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
 
-#if FROZEN_BN_CPU_LEVEL == 2
+#if FROZEN_BN_CPU_LEVEL >= 2
 // For the masked forms of intrinsics: the plain ones draw false warnings from GCC.
 constexpr __mmask16 kAllLanes = 0xffff;
 
@@ -92,6 +92,13 @@ FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
   return (Vec<uint16_t>)_mm512_maskz_cvtps_ph(kAllLanes, (__m512)pack, _MM_FROUND_TO_NEAREST_INT);
 }
 FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
+#if FROZEN_BN_CPU_LEVEL == 3
+  // The instruction takes subnormals for zero, so those go the long way.
+  constexpr int kSubnormal = 0x20;
+  if (_mm512_fpclass_ps_mask((__m512)pack, kSubnormal) == 0) [[likely]] {
+    return (Vec<uint16_t>)_mm512_cvtneps_pbh((__m512)pack);
+  }
+#endif
   // As below, in fewer instructions: masks for the odd and the NaN lanes.
   const __m512i bits = (__m512i)pack;
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
@@ -174,7 +181,7 @@ FROZEN_BN_INLINE auto lane_numbers() {
 // Of each lane, a's value where its bit is set, else b's.
 template <class T>
 FROZEN_BN_INLINE Vec<T> select(MaskBits bits, Vec<T> a, Vec<T> b) {
-#if FROZEN_BN_CPU_LEVEL == 2
+#if FROZEN_BN_CPU_LEVEL >= 2
   if constexpr (sizeof(T) == sizeof(float)) {
     return (Vec<T>)_mm512_mask_blend_ps(bits, (__m512)b, (__m512)a);
   }
@@ -216,7 +223,7 @@ template <>
 struct Math<Vec<float>> {
   using V = Vec<float>;
 
-#if FROZEN_BN_CPU_LEVEL == 2
+#if FROZEN_BN_CPU_LEVEL >= 2
   FROZEN_BN_INLINE static V max(V a, V b) {
     return (V)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
   }
@@ -279,7 +286,7 @@ struct Math<Vec<double>> {
     return a < b ? a : b;
   }
   FROZEN_BN_INLINE static V sqrt(V x) {
-#if FROZEN_BN_CPU_LEVEL == 2
+#if FROZEN_BN_CPU_LEVEL >= 2
     __m512d halves[2];
     std::memcpy(halves, &x, sizeof(V));
     for (__m512d& half : halves) half = _mm512_maskz_sqrt_pd(0xff, half);
