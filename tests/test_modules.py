@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import ACTIVATIONS, VECTORS, assert_same_bits, randomize_, snapshot
 from torch import Tensor, nn
 
+import frozen_bn
 from frozen_bn import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 
 C = 5
