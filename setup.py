@@ -91,13 +91,14 @@ def extensions() -> tuple[list, dict]:
         )
     cuda = f"left out: {reason}" if reason else architectures
     print(f"frozen_bn: torch {torch.__version__}, CUDA {cuda}")
-    return modules, {"build_ext": BuildExtension}
+
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = "build/temp"  # for editable installs too: a wheel then reuses it
+
+    return modules, {"build_ext": Build}
 
 
 ext_modules, cmdclass = extensions()
-# One folder for objects, so that an editable install and a wheel compile them once.
-setup(
-    ext_modules=ext_modules,
-    cmdclass=cmdclass,
-    options={"build_ext": {"build_temp": "build/temp"}},
-)
+setup(ext_modules=ext_modules, cmdclass=cmdclass)
