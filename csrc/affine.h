@@ -129,7 +129,7 @@ FROZEN_BN_INLINE T derivative(T z) {
   } else {
     const T three = constant<T>(3.0f);
     const T ramp = z / three + constant<T>(0.5f);
-    return z < -three ? T{} : (z <= three ? ramp : one);
+    return z <= -three ? T{} : (z < three ? ramp : one);
   }
 }
 

@@ -137,6 +137,14 @@ inline void check_channel_vector(
   check_device(op, name, t, input);
 }
 
+inline void check_channel_gradient(
+    const char* op, const char* name, const Tensor& t, const Tensor& grad_output) {
+  check_channel_vector(op, name, t, grad_output);
+  if (!t.is_contiguous()) {
+    fail(op, ": expected ", name, " to be contiguous, but got stride [", t.stride(0), "]");
+  }
+}
+
 inline ScalarType arithmetic_dtype(const Tensor& input) {
   return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

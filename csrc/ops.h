@@ -1,7 +1,7 @@
 // The operators, as far as both backends agree: arguments -> checks -> dense tensors -> the
-// backend's kernels. They write to tensors that the caller allocated, and allocate nothing but
-// copies of what is not gapless. A backend supplies two functions, `run_forward` and
-// `run_backward`, and registers `Operators<run_forward, run_backward>`.
+// backend's kernels. They write to tensors that the caller allocated. A backend supplies two
+// functions, `run_forward` and `run_backward`, and registers `Operators<run_forward,
+// run_backward>`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -74,8 +74,10 @@ inline void check(const char* op, const BackwardArguments& a) {
   if (a.residual) check_like(op, "residual", *a.residual, like);
   if (a.grad_input) check_like(op, "grad_input", *a.grad_input, like);
   if (a.grad_residual) check_like(op, "grad_residual", *a.grad_residual, like);
-  if (a.grad_weight) check_channel_vector(op, "grad_weight", *a.grad_weight, like);
-  if (a.grad_bias) check_channel_vector(op, "grad_bias", *a.grad_bias, like);
+  if (a.grad_input) check_not_expanded(op, "grad_input", *a.grad_input);
+  if (a.grad_residual) check_not_expanded(op, "grad_residual", *a.grad_residual);
+  if (a.grad_weight) check_channel_gradient(op, "grad_weight", *a.grad_weight, like);
+  if (a.grad_bias) check_channel_gradient(op, "grad_bias", *a.grad_bias, like);
 }
 
 // Gives what is indexed alike the same gapless strides, and closes the gaps of channel vectors.

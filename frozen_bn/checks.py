@@ -11,6 +11,10 @@ from torch import Tensor
 #: The position of an activation is its code in the operators (csrc/affine.h).
 ACTIVATIONS: tuple[str | None, ...] = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
+#: Those whose gradient needs one bit an element, and those whose gradient needs the input.
+MASKED = frozenset(map(ACTIVATIONS.index, ("relu", "relu6", "leaky_relu")))
+SMOOTH = frozenset(map(ACTIVATIONS.index, ("silu", "hardswish")))
+
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -199,18 +203,22 @@ def check_backward(
     check_rank(op, "grad_output", grad_output)
     _check_dtype(op, "grad_output", grad_output)
     _check_coefficients(op, coefficients, grad_output)
-    if ACTIVATIONS[activation] in ("relu", "relu6", "leaky_relu"):
+    if activation in MASKED:
         if mask is None:
             raise fail(op, "mask", "None")
         _check_mask(op, mask, grad_output)
         if grad_input is None:
             raise fail(op, "grad_input", "None")
-    smooth = ACTIVATIONS[activation] in ("silu", "hardswish")
-    if input is None and (smooth or grad_weight is not None):
+    if input is None and (activation in SMOOTH or grad_weight is not None):
         raise fail(op, "input", "None")
     _check_like(op, "input", input, grad_output)
     _check_like(op, "residual", residual, grad_output)
     _check_like(op, "grad_input", grad_input, grad_output)
     _check_like(op, "grad_residual", grad_residual, grad_output)
-    _check_channel_vector(op, "grad_weight", grad_weight, grad_output)
-    _check_channel_vector(op, "grad_bias", grad_bias, grad_output)
+    for name, gradient in (("grad_input", grad_input), ("grad_residual", grad_residual)):
+        if gradient is not None:
+            _check_not_expanded(op, name, gradient)
+    for name, gradient in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
+        _check_channel_vector(op, name, gradient, grad_output)
+        if gradient is not None and not gradient.is_contiguous():
+            raise fail(op, f"{name} to be contiguous", f"stride [{gradient.stride(0)}]")

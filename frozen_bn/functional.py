@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import ops, reference
-from .checks import ACTIVATIONS, activation_code, check_history, check_inplace
+from .checks import (
+    ACTIVATIONS,
+    MASKED,
+    SMOOTH,
+    activation_code,
+    check_history,
+    check_inplace,
+)
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-_MASKED = frozenset(_CODES[name] for name in ("relu", "relu6", "leaky_relu"))
-_SMOOTH = frozenset(_CODES[name] for name in ("silu", "hardswish"))
 
 if "cpu" in ops.live:
     _forward = torch.ops.frozen_bn.forward.default
@@ -44,7 +49,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         running_mean, running_var, eps, code, negative_slope, inplace = constants
         _, weight_gradient, bias_gradient, _, _ = ctx.needs_input_grad
-        smooth = code in _SMOOTH
+        smooth = code in SMOOTH
         kept = input if weight_gradient or smooth else None
         if inplace:
             ctx.mark_dirty(input)
@@ -56,7 +61,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
         coefficients = torch.empty((4, running_mean.numel()), dtype=dtype, device=input.device)
         mask = None
-        if code in _MASKED:
+        if code in MASKED:
             mask = input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
         _forward(
             input,
@@ -215,10 +220,11 @@ def frozen_batch_norm(
 
     Gradients flow to ``input``, ``weight``, ``bias`` and ``residual``, each only if needed.
     """
-    if has_torch_function_unary(input):  # tracers (torch.fx) and tensor subclasses
+    # Tracers (torch.fx) and tensor subclasses.
+    if has_torch_function_variadic(input, residual, weight, bias):
         return handle_torch_function(
             frozen_batch_norm,
-            (input,),
+            (input, residual, weight, bias),
             input,
             running_mean,
             running_var,
@@ -243,8 +249,9 @@ def frozen_batch_norm(
             residual=residual,
             inplace=inplace,
         )
-    code = _CODES.get(activation)
-    if code is None:
+    try:
+        code = _CODES[activation]
+    except (KeyError, TypeError):
         code = activation_code(activation)  # raises
     if inplace:
         check_inplace(input)
@@ -259,7 +266,7 @@ def frozen_batch_norm(
         if inplace:
             check_history(input)
         # Where the gradient needs the input's values, they have to outlive the overwriting.
-        keep = inplace and (code in _SMOOTH or (weight is not None and weight.requires_grad))
+        keep = inplace and (code in SMOOTH or (weight is not None and weight.requires_grad))
         constants = (running_mean, running_var, eps, code, negative_slope, inplace and not keep)
         source = input.clone() if keep else input
         output: Tensor = _FrozenBatchNorm.apply(source, weight, bias, residual, constants)

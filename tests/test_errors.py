@@ -403,6 +403,18 @@ MISUSE: dict[str, tuple[str, Callable[[], Arguments], str, str]] = {
         f"grad_bias to be {ONE_OF}",
         "int64",
     ),
+    "grad_bias with gaps": (
+        "backward",
+        lambda: {"grad_bias": torch.zeros(2 * C)[::2]},
+        "grad_bias to be contiguous",
+        "stride [2]",
+    ),
+    "expanded grad_input": (
+        "backward",
+        lambda: {"grad_input": torch.zeros(SHAPE[1:]).expand(SHAPE)},
+        "grad_input not to be expanded in memory",
+        f"strides {[0, *torch.zeros(SHAPE[1:]).stride()]}",
+    ),
     "grad_residual elsewhere": (
         "backward",
         lambda: {"grad_residual": torch.zeros(SHAPE, device="meta")},

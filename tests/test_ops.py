@@ -351,3 +351,15 @@ def test_large_outputs_and_thread_counts(threads):
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_gradients_at_the_kinks_are_torchs(activation, cpu_level):
+    special = [-3.0, 3.0, 0.0, -0.0, 6.0, float("nan"), 1.0]
+    statistics = [torch.zeros(2), torch.ones(2)]
+    gradients = []
+    for function in (frozen_batch_norm, reference.frozen_batch_norm):
+        x = torch.tensor(special).repeat(2 * 2 * 7).reshape(2, 2, 7, 7).requires_grad_()
+        y = function(x, *statistics, activation=activation, eps=0.0)
+        gradients.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
+    torch.testing.assert_close(*gradients, equal_nan=True)

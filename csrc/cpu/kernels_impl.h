@@ -73,7 +73,7 @@ struct ForwardBody {
   __attribute__((noinline)) void partial(
       int64_t i, int64_t n, Slot slot, LaneCoefficients<T> k) const {
     PartialPack<S> x(input, i, n), r(residual, i, n), y(nullptr, 0, 0);
-    uint8_t bits[2];
+    uint8_t bits[2] = {};
     ForwardBody{x.values, r.or_null(residual), y.values, mask ? bits : nullptr, negative_slope,
                 false}(0, slot, k);
     std::memcpy(output + i, y.values, n * sizeof(S));

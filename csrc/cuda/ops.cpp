@@ -7,9 +7,9 @@
 namespace frozen_bn::cuda {
 namespace {
 
-void check_launch(const char* op, cudaError_t error) {
+void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) {
-    fail(op, ": expected the kernel launch to succeed, but got ", cudaGetErrorString(error));
+    fail(op, ": expected CUDA to succeed, but got ", cudaGetErrorString(error));
   }
 }
 
@@ -33,7 +33,8 @@ class Device {
 
   int multiprocessors() const {
     int count = 0;
-    check_launch("device", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    check_cuda(
+        "launch_plan", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
     return count;
   }
 
@@ -71,7 +72,7 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   params.eps = static_cast<float>(a.eps);
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.vector_access = is_aligned({params.input, params.residual, params.output});
-  check_launch(
+  check_cuda(
       "forward", launch_forward(dtype_of(a.input), a.activation, plan, params, device.stream()));
 }
 
@@ -89,7 +90,7 @@ void reduce_partial_sums(
   params.grad_bias = data_or_null(a.grad_bias);
   if (a.grad_weight) params.weight_dtype = dtype_of(*a.grad_weight);
   if (a.grad_bias) params.bias_dtype = dtype_of(*a.grad_bias);
-  check_launch("backward", launch_reduce(params, stream));
+  check_cuda("backward", launch_reduce(params, stream));
 }
 
 void run_backward(const BackwardArguments& a, const Layout& layout) {
@@ -123,7 +124,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.vector_access = is_aligned(
       {params.grad_output, params.input, params.residual, params.grad_input, params.grad_residual});
-  check_launch(
+  check_cuda(
       "backward",
       launch_backward(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));
   if (wants_sums) reduce_partial_sums(a, params, layout, plan, device.stream());

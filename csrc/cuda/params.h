@@ -58,7 +58,7 @@ struct ForwardParams {
 struct BackwardParams {
   Index index;
   const void* grad_output;
-  const void* input;     // smooth activations, weight gradients; or null
+  const void* input;     // smooth activations, weight gradients; or null: no centered sums then
   const void* residual;  // smooth activations; or null
   const uint8_t* mask;   // piecewise-linear activations
   const float* coefficients;

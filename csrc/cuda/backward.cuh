@@ -1,0 +1,238 @@
+// The backward kernels, and the second stage of the affine gradients. Torch-free.
+#pragma once
+
+#include "channels.cuh"
+
+namespace frozen_bn::cuda {
+namespace {
+
+template <class T>
+struct BackwardInputs {
+  RawPack<T> grad_output{}, input{}, residual{};
+  uint32_t mask = 0;
+
+  BackwardInputs() = default;
+  __device__ BackwardInputs(const BackwardParams& p, Position at)
+      : grad_output(load<T>(p.grad_output, at, p.vector_access)) {
+    if (p.input) input = load<T>(p.input, at, p.vector_access);
+    if (p.residual) residual = load<T>(p.residual, at, p.vector_access);
+    if (p.mask && at.count > 0) mask = p.mask[at.element / kPackSize];
+  }
+};
+
+// add(lane, g, g * (input - mean)) collects the sums. Lanes beyond the count have g = 0.
+template <class T, Activation kAct, class ChannelOf, class Add>
+__device__ void backward_pack(
+    const BackwardParams& p, Position at, const BackwardInputs<T>& inputs, ChannelOf channel_of,
+    Add add) {
+  if (at.count == 0) return;
+  const Floats dy = unpack<T>(inputs.grad_output), x = unpack<T>(inputs.input);
+  const Floats r = unpack<T>(inputs.residual);
+  Floats dx, dr;
+#pragma unroll
+  for (int k = 0; k < kPackSize; ++k) {
+    const Channel c = channel_of(k);
+    float g = dy.lane[k];
+    if constexpr (needs_input(kAct)) {
+      float z = normalize(x.lane[k], c.mean, c.scale, c.bias);
+      if (p.residual) z += r.lane[k];
+      g *= derivative<kAct>(z);
+    } else if constexpr (needs_mask(kAct)) {
+      const float attenuated = kAct == Activation::kLeakyRelu ? g * p.negative_slope : 0.0f;
+      g = inputs.mask >> k & 1 ? attenuated : g;
+    }
+    dx.lane[k] = g * c.scale;
+    dr.lane[k] = g;
+    add(k, g, g * (x.lane[k] - c.mean));
+  }
+  if (p.grad_input) store<T>(p.grad_input, at, p.vector_access, dx);
+  if (p.grad_residual) store<T>(p.grad_residual, at, p.vector_access, dr);
+}
+
+struct Sums {
+  float g = 0, centered = 0;
+
+  __device__ void add(float more_g, float more_centered) {
+    g += more_g;
+    centered += more_centered;
+  }
+};
+
+// One run's sums over one tile, into the partial row of that sample and segment.
+__device__ inline void write_run_sums(
+    const BackwardParams& p, const Tile& tile, uint32_t run, const Sums& sums) {
+  const int64_t number = tile.first_run + run;
+  const int64_t tile_number = blockIdx.x;
+  const int64_t first_tile = number * p.index.inner / kTileSize;
+  const int64_t last_tile = ((number + 1) * p.index.inner - 1) / kTileSize;
+  const int64_t first_row = tile.sample_of(p.index, run) * p.segments;
+  float* column = p.partial_sums + tile.channel_of(p.index, run);
+  const auto write = [&](int64_t row, const Sums& s) {
+    column[2 * row * p.partial_width] = s.g;
+    column[(2 * row + 1) * p.partial_width] = s.centered;
+  };
+  int64_t row = first_row + tile_number - first_tile;
+  write(row, sums);
+  if (tile_number == last_tile) {
+    while (++row < first_row + p.segments) write(row, Sums{});
+  }
+}
+
+// Adds up each run's sums from those of its packs. As many lanes share a run as it has packs, at
+// most a warp; the order of additions is fixed.
+__device__ inline void reduce_runs(
+    const BackwardParams& p, const Tile& tile, const Sums (*packs)[2], uint32_t size) {
+  const uint32_t inner = p.index.tile_inner;
+  uint32_t lanes = 1;
+  while (lanes < 32 && lanes < inner / kPackSize + 1) lanes *= 2;
+  const uint32_t lane = threadIdx.x % lanes;
+  const uint32_t runs_at_once = kThreads / lanes;
+  for (uint32_t first = 0; first < tile.runs; first += runs_at_once) {
+    const uint32_t run = first + threadIdx.x / lanes;
+    Sums sums;
+    if (run < tile.runs) {
+      // The run's elements are [begin, end) of the tile.
+      const uint32_t begin = run == 0 ? 0 : tile.first_left + (run - 1) * inner;
+      const uint32_t end = min(tile.first_left + run * inner, size);
+      for (uint32_t i = begin / kPackSize + lane; i * kPackSize < end; i += lanes) {
+        const Sums& pack = packs[i][i * kPackSize < begin];  // it starts before: its second run
+        sums.add(pack.g, pack.centered);
+      }
+    }
+    for (uint32_t distance = lanes / 2; distance > 0; distance /= 2) {
+      const float g = __shfl_down_sync(~0u, sums.g, distance, lanes);
+      const float centered = __shfl_down_sync(~0u, sums.centered, distance, lanes);
+      sums.add(g, centered);
+    }
+    if (lane == 0 && run < tile.runs) write_run_sums(p, tile, run, sums);
+  }
+}
+
+template <class T, Activation kAct, bool kSums>
+__global__ void __launch_bounds__(kThreads)
+    frozen_bn_backward_planar_kernel(const __grid_constant__ BackwardParams p) {
+  __shared__ Channel table[kMaxTileRuns];
+  __shared__ Sums pack_sums[kSums ? kTileSize / kPackSize : 1][2];
+  const Tile tile(p.index, blockIdx.x);
+  Position at[kPacksPerThread];
+  BackwardInputs<T> inputs[kPacksPerThread];
+#pragma unroll
+  for (int k = 0; k < kPacksPerThread; ++k) {
+    at[k] = position_at(tile.start + Tile::pack_offset(k), p.index.numel);
+    inputs[k] = BackwardInputs<T>(p, at[k]);
+  }
+  fill_table(table, p, tile);
+#pragma unroll
+  for (int k = 0; k < kPacksPerThread; ++k) {
+    if (at[k].count == 0) break;
+    const uint32_t offset = Tile::pack_offset(k);
+    const uint32_t run = tile.run_of(p.index, offset);
+    const PlanarChannels channels(table, p.index, tile, offset, run);
+    Sums here, next;
+    backward_pack<T, kAct>(p, at[k], inputs[k], channels, [&](int lane, float g, float centered) {
+      if constexpr (kSums) {
+        const bool is_here = lane < channels.left;
+        here.add(is_here ? g : 0.0f, is_here ? centered : 0.0f);
+        next.add(is_here ? 0.0f : g, is_here ? 0.0f : centered);
+      }
+    });
+    if constexpr (kSums) {
+      pack_sums[offset / kPackSize][0] = here;
+      pack_sums[offset / kPackSize][1] = next;
+    }
+  }
+  if constexpr (kSums) {
+    __syncthreads();
+    const int64_t rest = p.index.numel - tile.start;
+    reduce_runs(p, tile, pack_sums, rest < kTileSize ? static_cast<uint32_t>(rest) : kTileSize);
+  }
+}
+
+// Adds up the rows of a block, and writes them to its partial row.
+__device__ inline void reduce_rows(
+    const BackwardParams& p, const Column& column, const Sums (&sums)[kPackSize]) {
+  __shared__ float rows[2 * kPackSize][kThreads];
+  const uint32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int k = 0; k < kPackSize; ++k) {
+    rows[k][thread] = sums[k].g;
+    rows[kPackSize + k][thread] = sums[k].centered;
+  }
+  __syncthreads();
+  const uint32_t first_column = column.number - threadIdx.x;
+  for (uint32_t i = thread; i < 2 * kPackSize * blockDim.x; i += blockDim.x * blockDim.y) {
+    const uint32_t value = i / blockDim.x, x = i % blockDim.x;
+    if (first_column + x >= p.index.columns) continue;
+    float sum = 0;
+    for (uint32_t y = 0; y < blockDim.y; ++y) sum += rows[value][y * blockDim.x + x];
+    const int64_t row = 2 * int64_t{blockIdx.x} + value / kPackSize;
+    const int64_t lane = int64_t{first_column + x} * kPackSize + value % kPackSize;
+    p.partial_sums[row * p.partial_width + lane] = sum;
+  }
+}
+
+template <class T, Activation kAct, bool kSums>
+__global__ void __launch_bounds__(kThreads)
+    frozen_bn_backward_periodic_kernel(const __grid_constant__ BackwardParams p) {
+  Column column;
+  Channel channels[kPackSize];
+  if (column.number < p.index.columns) {
+#pragma unroll
+    for (int k = 0; k < kPackSize; ++k) {
+      channels[k] = find_channel(p, column.channel_of(p.index, k));
+    }
+  }
+  const auto channel_of = [&](int lane) { return channels[lane]; };
+  Sums sums[kPackSize];
+  const auto add = [&](int lane, float g, float centered) {
+    if constexpr (kSums) sums[lane].add(g, centered);
+  };
+  while (column.position(p.index, 0).count > 0) {
+    BackwardInputs<T> inputs[kPacksPerThread];
+#pragma unroll
+    for (int k = 0; k < kPacksPerThread; ++k) {
+      inputs[k] = BackwardInputs<T>(p, column.position(p.index, k));
+    }
+#pragma unroll
+    for (int k = 0; k < kPacksPerThread; ++k) {
+      backward_pack<T, kAct>(p, column.position(p.index, k), inputs[k], channel_of, add);
+    }
+    column.row += kPacksPerThread * column.row_step;
+  }
+  if constexpr (kSums) reduce_rows(p, column, sums);
+}
+
+constexpr int kReduceChannels = 32, kReduceRows = 8;
+
+// The second stage of the affine gradients: adds up the partial rows, in an order that is fixed.
+__global__ void __launch_bounds__(kReduceChannels* kReduceRows)
+    frozen_bn_reduce_kernel(const __grid_constant__ ReduceParams p) {
+  __shared__ double g[kReduceRows][kReduceChannels], centered[kReduceRows][kReduceChannels];
+  const int64_t channel = int64_t{blockIdx.x} * kReduceChannels + threadIdx.x;
+  double sum_g = 0, sum_centered = 0;
+  if (channel < p.channels) {
+    for (int64_t row = threadIdx.y; row < p.rows; row += kReduceRows) {
+      const float* partial = p.partial_sums + 2 * row * p.width;
+      for (int64_t i = channel * p.run; i < p.width; i += p.channels * p.run) {
+        for (int64_t k = i; k < i + p.run; ++k) {
+          sum_g += partial[k];
+          sum_centered += partial[p.width + k];
+        }
+      }
+    }
+  }
+  g[threadIdx.y][threadIdx.x] = sum_g;
+  centered[threadIdx.y][threadIdx.x] = sum_centered;
+  __syncthreads();
+  if (threadIdx.y > 0 || channel >= p.channels) return;
+  for (int row = 1; row < kReduceRows; ++row) {
+    sum_g += g[row][threadIdx.x];
+    sum_centered += centered[row][threadIdx.x];
+  }
+  const float grad_weight = static_cast<float>(sum_centered * p.inv_std[channel]);
+  if (p.grad_weight) store_channel(p.grad_weight, p.weight_dtype, channel, grad_weight);
+  if (p.grad_bias) store_channel(p.grad_bias, p.bias_dtype, channel, static_cast<float>(sum_g));
+}
+
+}  // namespace
+}  // namespace frozen_bn::cuda
