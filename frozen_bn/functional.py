@@ -221,34 +221,19 @@ def frozen_batch_norm(
     Gradients flow to ``input``, ``weight``, ``bias`` and ``residual``, each only if needed.
     """
     # Tracers (torch.fx) and tensor subclasses.
-    if has_torch_function_variadic(input, residual, weight, bias):
-        return handle_torch_function(
-            frozen_batch_norm,
-            (input, residual, weight, bias),
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            eps,
-            activation=activation,
-            negative_slope=negative_slope,
-            residual=residual,
-            inplace=inplace,
-        )
-    if _takes_plain_path(input, running_mean, running_var):
-        return reference.frozen_batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            eps,
-            activation=activation,
-            negative_slope=negative_slope,
-            residual=residual,
-            inplace=inplace,
-        )
+    overridden = has_torch_function_variadic(input, residual, weight, bias)
+    if overridden or _takes_plain_path(input, running_mean, running_var):
+        arguments = (input, running_mean, running_var, weight, bias, eps)
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "residual": residual,
+            "inplace": inplace,
+        }
+        if overridden:
+            relevant = (input, residual, weight, bias)
+            return handle_torch_function(frozen_batch_norm, relevant, *arguments, **options)
+        return reference.frozen_batch_norm(*arguments, **options)
     try:
         code = _CODES[activation]
     except (KeyError, TypeError):
