@@ -54,12 +54,13 @@ struct BackwardParams {
 };
 
 // Sums over one thread's range, [channels] each: of the gradient g behind the activation, and of
-// g * (input - mean). Null where not asked for. `spread` is working space where the coefficients
-// are spread: 2 * (period + kMaxLanes) zeros.
+// g * (input - mean). Null where not asked for. The other two are working space where the
+// coefficients are spread: 2 * (period + kMaxLanes) zeros each.
 struct ChannelSums {
   double* g;
   double* g_centered;
   double* spread;
+  void* spread_few;  // in float (double for a double input)
 };
 
 // In double, so that each coefficient is rounded only once.

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "traversal.h"
 
@@ -56,17 +57,33 @@ struct ForwardBody {
   Vec<T> negative_slope;
   bool stream;
 
+  static constexpr bool kTwo = kPaired<S>;
+
   template <class Slot>
   FROZEN_BN_INLINE void operator()(int64_t i, Slot, const LaneCoefficients<T>& k) const {
-    Vec<T> z = normalize(load(input + i), k.mean, k.scale, k.bias);
-    if (residual) z += load(residual + i);
-    store(output + i, activate<kAct>(z, negative_slope), stream);
+    store(output + i, finish(i, preactivation(i, k)), stream);
+  }
+
+  template <class Slot>
+  FROZEN_BN_INLINE void two(
+      int64_t i, Slot, const LaneCoefficients<T>& k, Slot, const LaneCoefficients<T>& k2) const {
+    const Vec<T> z = preactivation(i, k), z2 = preactivation(i + kLanes, k2);
+    store_two(output + i, finish(i, z), finish(i + kLanes, z2), stream);
+  }
+
+  FROZEN_BN_INLINE Vec<T> preactivation(int64_t i, const LaneCoefficients<T>& k) const {
+    const Vec<T> z = normalize(load(input + i), k.mean, k.scale, k.bias);
+    return residual ? z + load(residual + i) : z;
+  }
+
+  FROZEN_BN_INLINE Vec<T> finish(int64_t i, Vec<T> z) const {
     if constexpr (needs_mask(kAct)) {
       if (mask) {
         const MaskBits bits = to_bits(blocked<kAct>(z));
         std::memcpy(mask + i / 8, &bits, sizeof(bits));
       }
     }
+    return activate<kAct>(z, negative_slope);
   }
 
   template <class Slot>
@@ -97,8 +114,8 @@ void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
   if (p.stream) streaming_done();
 }
 
-// The channel sums of a backward pass: a few packs are summed in registers, in the precision of
-// the arithmetic, then put away in double.
+// The channel sums of a backward pass: a few packs are summed in the precision of the arithmetic,
+// then put away in double.
 struct NoSums {
   template <class V, class Slot>
   FROZEN_BN_INLINE void add(V, V, Slot) {}
@@ -106,10 +123,15 @@ struct NoSums {
 };
 
 template <class T>
-double sum_lanes(Vec<T> pack) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += pack[lane];
-  return sum;
+FROZEN_BN_INLINE double sum_lanes(Vec<T> pack) {
+  double sums[kLanes];
+  store(sums, __builtin_convertvector(pack, Vec<double>), false);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
 }
 
 template <class T>
@@ -141,34 +163,36 @@ struct PlanarSums {
 
 template <class T>
 struct SpreadSums {
-  double* spread_g;
-  double* spread_centered;
-  Vec<T> g{}, centered{};
+  ChannelSums totals;
+  const Layout& layout;
+  int64_t period;
+  int64_t entries = period + kMaxLanes;
+  T* g = static_cast<T*>(totals.spread_few);
+  T* centered = g + entries;
 
-  FROZEN_BN_INLINE void add(Vec<T> pack_g, Vec<T> pack_centered, int64_t) {
-    g += pack_g;
-    centered += pack_centered;
+  FROZEN_BN_INLINE void add(Vec<T> pack_g, Vec<T> pack_centered, int64_t slot) {
+    store(g + slot, load(g + slot) + pack_g, false);
+    store(centered + slot, load(centered + slot) + pack_centered, false);
   }
 
-  FROZEN_BN_INLINE void flush(int64_t slot) {
-    accumulate(spread_g + slot, g);
-    accumulate(spread_centered + slot, centered);
-    g = centered = Vec<T>{};
+  void flush(int64_t) {
+    int64_t j = 0;
+    for (; j + kLanes <= 2 * entries; j += kLanes) {
+      const Vec<double> few = __builtin_convertvector(load(g + j), Vec<double>);
+      store(totals.spread + j, load(totals.spread + j) + few, false);
+      store(g + j, Vec<T>{}, false);
+    }
+    for (; j < 2 * entries; ++j) totals.spread[j] += std::exchange(g[j], T{});
   }
 
-  FROZEN_BN_INLINE static void accumulate(double* sums, Vec<T> pack) {
-    store(sums, load(sums) + __builtin_convertvector(pack, Vec<double>), false);
+  void gather() const {
+    for (int64_t j = 0; j < entries; ++j) {
+      const int64_t channel = j % period / layout.inner % layout.channels;
+      totals.g[channel] += totals.spread[j];
+      totals.g_centered[channel] += totals.spread[entries + j];
+    }
   }
 };
-
-void gather_spread(const ChannelSums& totals, const Layout& layout, int64_t period) {
-  const double *g = totals.spread, *centered = totals.spread + period + kMaxLanes;
-  for (int64_t j = 0; j < period + kMaxLanes; ++j) {
-    const int64_t channel = j % period / layout.inner % layout.channels;
-    totals.g[channel] += g[j];
-    totals.g_centered[channel] += centered[j];
-  }
-}
 
 template <class S, Activation kAct, class Sums>
 struct BackwardBody {
@@ -183,8 +207,27 @@ struct BackwardBody {
   bool stream;
   Sums& sums;
 
+  static constexpr bool kTwo = kPaired<S>;
+
   template <class Slot>
   FROZEN_BN_INLINE void operator()(int64_t i, Slot slot, const LaneCoefficients<T>& k) const {
+    const Vec<T> g = gradient(i, slot, k);
+    if (grad_input) store(grad_input + i, g * k.scale, stream);
+    if (grad_residual) store(grad_residual + i, g, stream);
+  }
+
+  template <class Slot>
+  FROZEN_BN_INLINE void two(
+      int64_t i, Slot slot, const LaneCoefficients<T>& k, Slot slot2,
+      const LaneCoefficients<T>& k2) const {
+    const Vec<T> g = gradient(i, slot, k), g2 = gradient(i + kLanes, slot2, k2);
+    if (grad_input) store_two(grad_input + i, g * k.scale, g2 * k2.scale, stream);
+    if (grad_residual) store_two(grad_residual + i, g, g2, stream);
+  }
+
+  // Behind the activation; added to the sums.
+  template <class Slot>
+  FROZEN_BN_INLINE Vec<T> gradient(int64_t i, Slot slot, const LaneCoefficients<T>& k) const {
     const Vec<T> zero{};
     Vec<T> g = load(grad_output + i);
     const Vec<T> x = input ? load(input + i) : zero;
@@ -198,9 +241,8 @@ struct BackwardBody {
       const Vec<T> attenuated = kAct == Activation::kLeakyRelu ? g * negative_slope : zero;
       g = select<T>(bits, attenuated, g);
     }
-    if (grad_input) store(grad_input + i, g * k.scale, stream);
-    if (grad_residual) store(grad_residual + i, g, stream);
     sums.add(g, g * (x - k.mean), slot);
+    return g;
   }
 
   template <class Slot>
@@ -224,8 +266,8 @@ struct BackwardBody {
     if (grad_residual) std::memcpy(grad_residual + i, dr.values, n * sizeof(S));
   }
 
-  FROZEN_BN_INLINE void flush(int64_t where) const {
-    sums.flush(where);
+  FROZEN_BN_INLINE void flush(int64_t channel) const {
+    sums.flush(channel);
   }
 };
 
@@ -247,22 +289,25 @@ BackwardBody<S, kAct, Sums> backward_body(const BackwardParams& p, Sums& sums) {
 template <class S, Activation kAct>
 void backward_range(const BackwardParams& p, int64_t begin, int64_t end, ChannelSums totals) {
   using T = acc_t<S>;
-  const auto planar = [&](auto sums) {
+  const auto planar = [&](auto& sums) {
     auto body = backward_body<S, kAct>(p, sums);
     traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
   };
-  const auto spread = [&](auto sums) {
+  const auto spread = [&](auto& sums) {
     auto body = backward_body<S, kAct>(p, sums);
     traverse_spread<T>(p.coefficients, begin, end, body);
   };
   const int64_t period = p.coefficients.period;
+  NoSums none;
   if (period == 0) {
-    totals.g ? planar(PlanarSums<T>{totals}) : planar(NoSums{});
+    PlanarSums<T> sums{totals};
+    totals.g ? planar(sums) : planar(none);
   } else if (totals.g) {
-    spread(SpreadSums<T>{totals.spread, totals.spread + period + kMaxLanes});
-    gather_spread(totals, p.layout, period);
+    SpreadSums<T> sums{totals, p.layout, period};
+    spread(sums);
+    sums.gather();
   } else {
-    spread(NoSums{});
+    spread(none);
   }
   if (p.stream) streaming_done();
 }

@@ -1,6 +1,7 @@
 // The CPU operators: allocation, threads, and the choice of the instruction set.
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -82,6 +83,25 @@ void read_vector(const OptionalTensor& t, double missing, int64_t channels, T* r
   }
 }
 
+// Uninitialised memory that a pack never straddles a cache line of.
+template <class T>
+class AlignedArray {
+ public:
+  explicit AlignedArray(int64_t size) : data_(new (kLine) T[size]) {}
+  T* get() const {
+    return data_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(T* data) const {
+      operator delete[](data, kLine);
+    }
+  };
+  std::unique_ptr<T[], Delete> data_;
+};
+
 // rows: [kRows, channels]
 template <class T>
 void compute_coefficients(const ForwardArguments& a, int64_t channels, T* rows) {
@@ -114,10 +134,10 @@ class KernelCoefficients {
   KernelCoefficients(const T* rows, const Layout& layout)
       : view_{
             rows + kMean * layout.channels, rows + kScale * layout.channels,
-            rows + kBias * layout.channels, spread_period(layout)} {
+            rows + kBias * layout.channels, spread_period(layout)},
+        spread_(view_.period ? 3 * (view_.period + kMaxLanes) : 0) {
     if (view_.period == 0) return;
     const int64_t stride = view_.period + kMaxLanes;
-    spread_ = std::make_unique_for_overwrite<T[]>(3 * stride);
     for (auto [row, to] : {std::pair{&view_.mean, 0}, {&view_.scale, 1}, {&view_.bias, 2}}) {
       *row = spread(static_cast<const T*>(*row), layout, spread_.get() + to * stride);
     }
@@ -141,7 +161,7 @@ class KernelCoefficients {
   }
 
   Coefficients view_;
-  std::unique_ptr<T[]> spread_;
+  AlignedArray<T> spread_;
 };
 
 template <class F>
@@ -182,11 +202,14 @@ class RangeSums {
       : channels_(channels),
         sums_(ranges * 2 * channels),
         spread_stride_(period ? 2 * (period + kMaxLanes) : 0),
-        spread_(ranges * spread_stride_) {}
+        spread_(ranges * 2 * spread_stride_) {
+    std::fill_n(spread_.get(), ranges * 2 * spread_stride_, 0.0);
+  }
 
   ChannelSums of(int64_t range) {
     double* g = sums_.data() + range * 2 * channels_;
-    return {g, g + channels_, spread_.data() + range * spread_stride_};
+    double* spread = spread_.get() + range * 2 * spread_stride_;
+    return {g, g + channels_, spread, spread + spread_stride_};
   }
 
   // Leaves the total in range 0.
@@ -200,7 +223,7 @@ class RangeSums {
   int64_t channels_;
   std::vector<double> sums_;
   int64_t spread_stride_;
-  std::vector<double> spread_;
+  AlignedArray<double> spread_;
 };
 
 void write_vector(const std::vector<double>& values, const Tensor& t) {

@@ -1,10 +1,12 @@
 // The two ways through a range of flat elements, pack by pack. Both call
 //
-//   body(i, slot, k)             a whole pack, from element i
-//   body.partial(i, n, slot, k)  its first n lanes: the end of the tensor
-//   body.flush(where)            puts away what it summed since the last flush
+//   body(i, slot, k)               a whole pack, from element i
+//   body.two(i, slot, k, slot, k)  that pack and the next, where Body::kTwo
+//   body.partial(i, n, slot, k)    its first n lanes: the end of the tensor
+//   body.flush(channel)            puts away what was summed; a pack that crosses into the next
+//                                  channel does so itself
 //
-// with `k` the channel coefficients of each lane, `slot` and `where` saying which those are.
+// with `k` the channel coefficients of each lane, and `slot` saying which those are.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +22,10 @@ struct LaneCoefficients {
   Vec<T> mean, scale, bias;
 };
 
-// As many packs are summed in single precision.
+// As many packs (planar) or periods (spread) are summed in single precision: more would cost digits
+// that F.batch_norm keeps.
 constexpr int64_t kPacksPerSum = 64;
+constexpr int64_t kPeriodsPerSum = 2;
 
 // Lanes below `split` are of `channel`, the others of the `next`.
 struct PlanarSlot {
@@ -66,16 +70,23 @@ FROZEN_BN_INLINE void traverse_planar(
   const auto next_of = [&](int64_t c) { return c + 1 == channels ? 0 : c + 1; };
   while (true) {
     const int64_t next = next_of(channel);
-    for (const int64_t stop = std::min(boundary - kLanes, last); i <= stop;) {
+    const int64_t stop = std::min(boundary - kLanes, last);
+    while (i <= stop) {
       const int64_t block = std::min(stop, i + (kPacksPerSum - 1) * kLanes);
-      for (; i <= block; i += kLanes) body(i, PlanarSlot{channel, next, kLanes}, k);
-      body.flush(channel);
+      const PlanarSlot slot{channel, next, kLanes};
+      if constexpr (Body::kTwo) {
+        for (; i + kLanes <= block; i += 2 * kLanes) body.two(i, slot, k, slot, k);
+      }
+      for (; i <= block; i += kLanes) body(i, slot, k);
+      if (i <= stop) body.flush(channel);
     }
     if (i > last) break;
     const auto k_next = coefficients(next);
     if (i < boundary) {
       body(i, PlanarSlot{channel, next, boundary - i}, blend<T>(boundary - i, k, k_next));
       i += kLanes;
+    } else {
+      body.flush(channel);
     }
     channel = next;
     k = k_next;
@@ -106,18 +117,21 @@ FROZEN_BN_INLINE void traverse_spread(
   const int64_t period = rows.period;
   const int64_t last = end - kLanes;  // where a whole pack can start
   int64_t i = begin, slot = begin % period;
-  while (i <= last) {
+  for (int64_t periods = 1; i <= last; ++periods) {
     const int64_t ahead = slot - i;
-    for (const int64_t stop = std::min(last, i + period - slot - 1); i <= stop; i += kLanes) {
-      body(i, i + ahead, coefficients(i + ahead));
-      body.flush(i + ahead);
+    const int64_t stop = std::min(last, i + period - slot - 1);
+    if constexpr (Body::kTwo) {
+      for (; i + kLanes <= stop; i += 2 * kLanes) {
+        const int64_t first = i + ahead, second = first + kLanes;
+        body.two(i, first, coefficients(first), second, coefficients(second));
+      }
     }
+    for (; i <= stop; i += kLanes) body(i, i + ahead, coefficients(i + ahead));
     slot = (i + ahead) % period;
+    if (periods % kPeriodsPerSum == 0) body.flush(0);
   }
-  if (i < end) {
-    body.partial(i, end - i, slot, coefficients(slot));
-    body.flush(slot);
-  }
+  if (i < end) body.partial(i, end - i, slot, coefficients(slot));
+  body.flush(0);
 }
 
 }  // namespace
