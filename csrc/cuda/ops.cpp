@@ -4,6 +4,13 @@
 #include "../ops.h"
 #include "launch.h"
 
+// Tests build these operators for CPU tensors, to run them on an emulated device.
+#ifndef FROZEN_BN_LIBRARY
+#define FROZEN_BN_LIBRARY frozen_bn
+#define FROZEN_BN_DISPATCH_KEY CUDA
+#define FROZEN_BN_FORCE_WIDE false
+#endif
+
 namespace frozen_bn::cuda {
 namespace {
 
@@ -57,7 +64,8 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   check_kernel_dtype("forward", "input", a.input);
   const Device device(a.input);
   if (layout.numel == 0) return;
-  const LaunchPlan plan = plan_launch(layout, device.multiprocessors());
+  const LaunchPlan plan =
+      plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
   ForwardParams params{};
   params.index = make_index(layout, plan);
   params.input = a.input.data_ptr();
@@ -102,7 +110,8 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
     }
     return;
   }
-  const LaunchPlan plan = plan_launch(layout, device.multiprocessors());
+  const LaunchPlan plan =
+      plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
   const bool wants_sums = a.grad_weight || a.grad_bias;
   OptionalTensor partial_sums;
   if (wants_sums) {
@@ -132,7 +141,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(frozen_bn, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(FROZEN_BN_LIBRARY, FROZEN_BN_DISPATCH_KEY, library) {
   Operators<run_forward, run_backward>::register_in(library);
 }
 

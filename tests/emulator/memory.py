@@ -1,0 +1,308 @@
+"""Memory whose every access is checked: inside an allocation, aligned, initialised before it is
+read, and not shared by two threads without a barrier between them.
+
+Global memory is real: the bytes of the tensors themselves. What happened to it in a launch is kept
+beside it, one entry a unit (the element size of the tensor), in an :class:`Access`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Addresses = NDArray[np.uint64]
+
+_NOBODY, _SEVERAL_BLOCKS = 0, np.iinfo(np.int32).min
+
+
+class MemoryFault(Exception):
+    """A bad access: what is wrong, which of the accessing lanes, and at which address."""
+
+    def __init__(self, what: str, lane: int, address: int) -> None:
+        super().__init__(what)
+        self.what, self.lane, self.address = what, lane, address
+
+
+@dataclass
+class Accessors:
+    """Who accesses, a row for each lane: the number of its thread in the launch, of its block, and
+    the barriers that the block has passed."""
+
+    thread: NDArray[np.int64]
+    block: NDArray[np.int64]
+    epoch: NDArray[np.int32]
+
+    def expand(self, units: int) -> tuple[NDArray, NDArray, NDArray]:
+        return (
+            np.repeat(self.thread, units).astype(np.int32) + 1,
+            np.repeat(self.block, units).astype(np.int32) + 1,
+            np.repeat(self.epoch, units),
+        )
+
+
+class RaceDetector:
+    """Of each unit: the last thread that wrote it, who has read it, and the epochs of both.
+
+    A reader is a thread number, or minus a block number if several threads of that block have read,
+    or ``_SEVERAL_BLOCKS``. Two accesses are ordered if one thread made them, or one block with a
+    barrier in between.
+    """
+
+    def __init__(self, units: int, threads_per_block: int) -> None:
+        self._threads_per_block = threads_per_block
+        self._writer = np.full(units, _NOBODY, np.int32)
+        self._writer_epoch = np.zeros(units, np.int32)
+        self._reader = np.full(units, _NOBODY, np.int32)
+        self._reader_epoch = np.zeros(units, np.int32)
+        self._written = False
+
+    def _block_of(self, who: NDArray[np.int32]) -> NDArray[np.int32]:
+        return np.where(who > 0, (who - 1) // self._threads_per_block + 1, -who)
+
+    def _unordered(self, who, their_epoch, thread, block, epoch) -> NDArray[np.bool_]:
+        foreign = (who != _NOBODY) & (who != thread)
+        if not foreign.any():
+            return foreign
+        before_barrier = (self._block_of(who) == block) & (their_epoch < epoch)
+        return foreign & ~before_barrier
+
+    def read(self, units: NDArray, by: Accessors, width: int) -> NDArray[np.bool_] | None:
+        """Where a read races with an earlier write, or ``None`` if nowhere."""
+        thread, block, epoch = by.expand(width)
+        races = None
+        if self._written:
+            writer = self._writer[units]
+            races = self._unordered(writer, self._writer_epoch[units], thread, block, epoch)
+        before = self._reader[units]
+        alone = (before == _NOBODY) | (before == thread)
+        together = np.where(self._block_of(before) == block, -block, _SEVERAL_BLOCKS)
+        now = np.where(alone, thread, together)
+        self._reader[units] = now
+        clash = self._reader[units] != now  # several lanes of this very access
+        if clash.any():
+            self._reader[units[clash]] = -block[clash]
+            again = self._reader[units[clash]] != -block[clash]
+            self._reader[units[clash][again]] = _SEVERAL_BLOCKS
+        self._reader_epoch[units] = epoch
+        return races if races is not None and races.any() else None
+
+    def write(self, units: NDArray, by: Accessors, width: int) -> NDArray[np.bool_] | None:
+        """Where a write races with an earlier read or write, or with another lane's."""
+        thread, block, epoch = by.expand(width)
+        races = self._unordered(
+            self._writer[units], self._writer_epoch[units], thread, block, epoch
+        ) | self._unordered(self._reader[units], self._reader_epoch[units], thread, block, epoch)
+        self._writer[units] = thread
+        self._writer_epoch[units] = epoch
+        self._written = True
+        races |= self._writer[units] != thread
+        return races if races.any() else None
+
+
+def _view(address: int, size: int) -> NDArray[np.uint8]:
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+
+
+class Region:
+    """One allocation: its bytes, and what is known of each unit of them."""
+
+    def __init__(
+        self, name: str, data: NDArray[np.uint8], base: int, begin: int, unit: int
+    ) -> None:
+        self.name, self.unit = name, unit
+        self.base = base  # the address of data[0], a multiple of 16
+        self.begin, self.end = begin, base + data.size
+        self.data = data
+        self.initialised = np.zeros(-(-data.size // unit), bool)
+        self.writable = True
+        self.races: RaceDetector | None = None
+
+    @classmethod
+    def at(cls, name: str, address: int, size: int, unit: int) -> Region:
+        """Memory of this process."""
+        base = address // 16 * 16
+        # Rounded up, so that whole elements of every width fit; what is beyond is never touched.
+        data = _view(base, -(-(address + size - base) // 16) * 16)
+        region = cls(name, data, base, address, unit)
+        region.end = address + size
+        return region
+
+    def units(self, offsets: NDArray, width: int) -> tuple[NDArray, int]:
+        """The numbers of the units that accesses of ``width`` bytes touch, and how many each."""
+        count = max(width // self.unit, 1)
+        first = offsets // self.unit
+        if count == 1:
+            return first, 1
+        return (first[:, None] + np.arange(count)).ravel(), count
+
+    def check_range(self, addresses: Addresses, width: int) -> None:
+        outside = (addresses < self.begin) | (addresses + width > self.end)
+        if outside.any():
+            lane = int(outside.argmax())
+            raise MemoryFault(
+                f"{width} bytes outside {self.name}, which is [{self.begin:#x}, {self.end:#x})",
+                lane,
+                int(addresses[lane]),
+            )
+
+    def load(self, addresses: Addresses, dtype: np.dtype, count: int, by: Accessors) -> NDArray:
+        """[lanes, count] elements."""
+        width = dtype.itemsize * count
+        offsets = (addresses - self.base).astype(np.int64)
+        if not self.initialised.all():
+            units, per_lane = self.units(offsets, width)
+            known = self.initialised[units]
+            if not known.all():
+                lane = int((~known).argmax()) // per_lane
+                raise MemoryFault(f"read of uninitialised {self.name}", lane, int(addresses[lane]))
+        if self.races:
+            units, per_lane = self.units(offsets, width)
+            races = self.races.read(units, by, per_lane)
+            if races is not None:
+                lane = int(races.argmax()) // per_lane
+                what = f"race in {self.name}: read of what another thread wrote"
+                raise MemoryFault(what, lane, int(addresses[lane]))
+        elements = self.data.view(dtype)
+        return elements[(offsets // dtype.itemsize)[:, None] + np.arange(count)]
+
+    def store(self, addresses: Addresses, values: NDArray, by: Accessors) -> None:
+        """``values``: [lanes, count]"""
+        width = values.dtype.itemsize * values.shape[1]
+        if not self.writable:
+            raise MemoryFault(f"write to {self.name}, an input", 0, int(addresses[0]))
+        offsets = (addresses - self.base).astype(np.int64)
+        units, per_lane = self.units(offsets, width)
+        if self.races:
+            races = self.races.write(units, by, per_lane)
+            if races is not None:
+                lane = int(races.argmax()) // per_lane
+                what = f"race in {self.name}: write of what another thread read or wrote"
+                raise MemoryFault(what, lane, int(addresses[lane]))
+        self.initialised[units] = True
+        elements = self.data.view(values.dtype)
+        elements[(offsets // values.itemsize)[:, None] + np.arange(values.shape[1])] = values
+
+
+def check_alignment(addresses: Addresses, width: int) -> None:
+    off = addresses % np.uint64(width) != 0
+    if off.any():
+        lane = int(off.argmax())
+        raise MemoryFault(f"access not aligned to its {width} bytes", lane, int(addresses[lane]))
+
+
+class AddressSpace:
+    """Regions that do not overlap, by address."""
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+        self._begins = np.zeros(0, np.uint64)
+
+    def add(self, region: Region) -> Region:
+        """Adds a region, or finds the one that covers it already."""
+        for other in self.regions:
+            if other.begin <= region.begin and region.end <= other.end:
+                return other
+            if other.begin < region.end and region.begin < other.end:
+                raise ValueError(f"{region.name} overlaps {other.name} in part")
+        self.regions.append(region)
+        self.regions.sort(key=lambda r: r.begin)
+        self._begins = np.array([r.begin for r in self.regions], np.uint64)
+        return region
+
+    def watch(self, threads_per_block: int) -> None:
+        """Starts looking for races: a launch begins, and what came before it is ordered."""
+        for region in self.regions:
+            if region.writable:
+                region.races = RaceDetector(region.initialised.size, threads_per_block)
+
+    def split(self, addresses: Addresses, width: int):
+        """The regions accessed, each with the lanes that do (``None``: all)."""
+        check_alignment(addresses, width)
+        number = np.searchsorted(self._begins, addresses, side="right") - 1
+        if number.min() < 0:
+            lane = int(number.argmin())
+            raise MemoryFault(f"{width} bytes outside any allocation", lane, int(addresses[lane]))
+        if number.min() == number.max():
+            yield self.regions[number[0]], None
+            return
+        for k in np.unique(number):
+            yield self.regions[k], np.flatnonzero(number == k)
+
+    def load(self, addresses: Addresses, dtype: np.dtype, count: int, by: Accessors) -> NDArray:
+        """[lanes, count] elements."""
+        result = None
+        for region, lanes in self.split(addresses, dtype.itemsize * count):
+            if lanes is None:
+                region.check_range(addresses, dtype.itemsize * count)
+                return region.load(addresses, dtype, count, by)
+            if result is None:
+                result = np.empty((addresses.size, count), dtype)
+            with _lanes_of(lanes):
+                region.check_range(addresses[lanes], dtype.itemsize * count)
+                result[lanes] = region.load(addresses[lanes], dtype, count, _some(by, lanes))
+        assert result is not None
+        return result
+
+    def store(self, addresses: Addresses, values: NDArray, by: Accessors) -> None:
+        """``values``: [lanes, count]"""
+        width = values.dtype.itemsize * values.shape[1]
+        for region, lanes in self.split(addresses, width):
+            if lanes is None:
+                region.check_range(addresses, width)
+                region.store(addresses, values, by)
+                continue
+            with _lanes_of(lanes):
+                region.check_range(addresses[lanes], width)
+                region.store(addresses[lanes], values[lanes], _some(by, lanes))
+
+
+def _some(by: Accessors, lanes: NDArray) -> Accessors:
+    return Accessors(by.thread[lanes], by.block[lanes], by.epoch[lanes])
+
+
+class _lanes_of:  # noqa: N801  (reads as a statement)
+    """Renumbers the lane of a fault that was found in a subset."""
+
+    def __init__(self, lanes: NDArray) -> None:
+        self._lanes = lanes
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, fault: object, traceback: object) -> None:
+        if isinstance(fault, MemoryFault):
+            fault.lane = int(self._lanes[fault.lane])
+
+
+class SharedMemory(AddressSpace):
+    """The shared variables of all blocks that run together, one copy a block.
+
+    An address is an offset into the block's own copy. Every variable is a region of its own, so that
+    running from one into the next is found.
+    """
+
+    def __init__(
+        self, variables: dict[str, tuple[int, int]], size: int, blocks: int, threads_per_block: int
+    ) -> None:
+        super().__init__()
+        self.stride = -(-size // 16) * 16
+        self._variables = sorted(
+            (offset, length, name) for name, (offset, length) in variables.items()
+        )
+        self._starts = np.array([offset for offset, _, _ in self._variables], np.int64)
+        region = Region("shared memory", np.zeros(self.stride * blocks, np.uint8), 0, 0, 1)
+        region.races = RaceDetector(region.initialised.size, threads_per_block)
+        self.regions, self._begins = [region], np.zeros(1, np.uint64)
+
+    def check_variables(self, offsets: NDArray[np.int64], width: int) -> None:
+        number = np.searchsorted(self._starts, offsets, side="right") - 1
+        for k in np.unique(number):
+            offset, length, name = self._variables[k]
+            mine = number == k
+            outside = mine & ((offsets < offset) | (offsets + width > offset + length))
+            if outside.any():
+                lane = int(outside.argmax())
+                what = f"{width} bytes outside the shared variable {name}"
+                raise MemoryFault(what, lane, int(offsets[lane]))

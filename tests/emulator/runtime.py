@@ -1,0 +1,244 @@
+"""The CUDA operators on CPU tensors: the real host code, its launches emulated.
+
+``build`` compiles ``csrc/cuda`` with a stand-in CUDA runtime (``runtime.cpp``), which hands every
+launch to :class:`Emulator`; that runs the PTX which nvcc made of the kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .machine import Counters, EmulationError, Launch, Program
+from .memory import AddressSpace, Region
+from .ptx import Module
+
+ROOT = Path(__file__).parents[2]
+#: The virtual architecture whose PTX is run.
+ARCHITECTURE = os.environ.get("FROZEN_BN_EMULATED_ARCH", "90")
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit, also where nvcc on PATH is a wrapper script."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        return None
+    dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE)
+    return Path(top[1] if top else Path(nvcc).parent.parent).resolve()
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
+
+
+def _newest(folder: Path, *names: str) -> float:
+    files = [f for name in names for f in folder.rglob(name)]
+    return max(file.stat().st_mtime for file in files)
+
+
+def compile_kernels(source: Path, folder: Path, architecture: str = ARCHITECTURE) -> Path:
+    """Compiles a ``.cu`` file to an object whose only code is PTX; the PTX lies beside it."""
+    home = cuda_home()
+    folder.mkdir(parents=True, exist_ok=True)
+    object_file = folder / f"{source.stem}.o"
+    architectures = f"arch=compute_{architecture},code=compute_{architecture}"
+    _run(
+        f"{home}/bin/nvcc", "-std=c++20", "-O3", "-lineinfo", "-gencode", architectures,
+        "-cudart", "none", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+        "--keep", "--keep-dir", folder, "-c", source, "-o", object_file,
+    )  # fmt: skip
+    return object_file
+
+
+def build(csrc: Path = ROOT / "csrc", folder: Path | None = None, wide: bool = False) -> Path:
+    """The test library, rebuilt if a source is newer; ``launch.ptx`` lies beside it."""
+    folder = folder or ROOT / "build" / f"emulator-sm_{ARCHITECTURE}"
+    library = folder / ("emulated_wide.so" if wide else "emulated.so")
+    newest = max(
+        _newest(csrc, "*.h", "*.cu", "*.cuh", "ops.cpp"), _newest(Path(__file__).parent, "*.cpp")
+    )
+    if library.exists() and library.stat().st_mtime > newest:
+        return library
+    kernels = folder / "launch.o"
+    if not kernels.exists() or kernels.stat().st_mtime < newest:
+        compile_kernels(csrc / "cuda" / "launch.cu", folder)
+    torch_root = Path(torch.__file__).parent
+    includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
+    includes += [cuda_home() / "include", sysconfig.get_paths()["include"]]
+    _run(
+        os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden",
+        "-Wl,-Bsymbolic", "-Wno-psabi", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-DFROZEN_BN_LIBRARY=frozen_bn_{library.stem}", "-DFROZEN_BN_DISPATCH_KEY=CPU",
+        f"-DFROZEN_BN_FORCE_WIDE={'true' if wide else 'false'}",
+        *(f"-I{include}" for include in includes),
+        csrc / "cuda/ops.cpp", Path(__file__).parent / "runtime.cpp", kernels,
+        f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-o", library,
+    )  # fmt: skip
+    return library
+
+
+_LAUNCHER = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+class _Observer(TorchDispatchMode):
+    """Sees what the host code allocates and copies through torch."""
+
+    def __init__(self, memory: AddressSpace) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        fresh = "empty" in func.__name__
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                register(self._memory, "temporary", tensor, initialised=not fresh, writable=True)
+        return result
+
+
+def register(
+    memory: AddressSpace, name: str, tensor: Tensor, *, initialised: bool, writable: bool
+) -> Region | None:
+    """Makes a tensor known to the emulator. What is not dense never reaches a kernel."""
+    if tensor.numel() == 0 or not is_non_overlapping_and_dense_or_false(tensor):
+        return None
+    size = tensor.numel() * tensor.element_size()
+    region = memory.add(Region.at(name, tensor.data_ptr(), size, tensor.element_size()))
+    if initialised:
+        start = (tensor.data_ptr() - region.base) // region.unit
+        region.initialised[start : start + size // region.unit] = True
+    region.writable |= writable
+    return region
+
+
+class Emulator:
+    """The operators ``forward`` and ``backward`` of ``csrc/cuda`` on CPU tensors.
+
+    ``launches`` collects what the kernels did since it was last cleared. With ``seed``, warps run
+    in a random order; with ``count_sectors``, memory traffic is counted (slower).
+    """
+
+    def __init__(self, library: Path) -> None:
+        namespace = f"frozen_bn_{library.stem}"
+        self._definitions = torch.library.Library(namespace, "DEF")  # noqa: TOR901
+        for name in ("forward", "backward"):
+            schema = str(getattr(torch.ops.frozen_bn, name).default._schema)
+            self._definitions.define(schema.removeprefix("frozen_bn::"))
+        torch.ops.load_library(library)
+        self._operators = getattr(torch.ops, namespace)
+        self._ptx = library.with_name("launch.ptx")
+        self._module: Module | None = None
+        self._programs: dict[str, Program] = {}
+        self._callback = _LAUNCHER(self._on_launch)
+        ctypes.CDLL(str(library)).emulator_set_launcher(self._callback)
+        self._memory = AddressSpace()
+        self._error: Exception | None = None
+        self.launches: list[Counters] = []
+        self.seed: int | None = None
+        self.count_sectors = False
+
+    def _program(self, name: str) -> Program:
+        if name not in self._programs:
+            if self._module is None:
+                self._module = Module(self._ptx.read_text())
+            self._programs[name] = Program(self._module.kernel(name))
+        return self._programs[name]
+
+    def _on_launch(self, name: bytes, grid: Any, block: Any, arguments: Any) -> int:
+        try:
+            program = self._program(name.decode())
+            parameters = program.kernel.parameters.values()
+            packed = bytearray(max((offset + size for offset, size in parameters), default=0))
+            for (offset, size), address in zip(parameters, arguments, strict=False):
+                packed[offset : offset + size] = ctypes.string_at(address, size)
+            launch = Launch(
+                program,
+                (grid[0], grid[1], grid[2]),
+                (block[0], block[1], block[2]),
+                bytes(packed),
+                self._memory,
+                seed=self.seed,
+                count_sectors=self.count_sectors,
+            )
+            self.launches.append(launch.run())
+        except Exception as error:  # must not cross into C++
+            self._error = error
+            return 1
+        return 0
+
+    def _call(self, operator: Any, arguments: tuple[Any, ...]) -> None:
+        self._memory = AddressSpace()
+        self._error = None
+        names = [(a.name, a.is_write) for a in operator._schema.arguments]
+        tensors = [
+            (name, tensor, written)
+            for (name, written), tensor in zip(names, arguments, strict=True)
+            if isinstance(tensor, Tensor)
+        ]
+        regions = []
+        for name, tensor, written in sorted(tensors, key=lambda t: t[2]):  # inputs first
+            region = register(self._memory, name, tensor, initialised=not written, writable=written)
+            if written and region is not None:
+                regions.append((name, tensor, region))
+        try:
+            with _Observer(self._memory):
+                operator._op_dk(torch._C.DispatchKey.CPU, *arguments)
+        except RuntimeError:
+            if self._error is None:
+                raise
+        if self._error is not None:
+            raise self._error
+        if arguments[0].numel() > 0:
+            for name, tensor, region in regions:
+                _check_written(name, tensor, region)
+
+    def forward(self, *arguments: Any) -> None:
+        self._call(self._operators.forward.default, arguments)
+
+    def backward(self, *arguments: Any) -> None:
+        self._call(self._operators.backward.default, arguments)
+
+    @contextmanager
+    def active(self) -> Iterator[Emulator]:
+        """Within, ``frozen_bn`` runs CPU tensors through the emulated CUDA operators."""
+        functional = sys.modules["frozen_bn.functional"]
+        before = functional._forward, functional._backward  # type: ignore[attr-defined]
+        functional._forward, functional._backward = self.forward, self.backward  # type: ignore[attr-defined]
+        try:
+            yield self
+        finally:
+            functional._forward, functional._backward = before  # type: ignore[attr-defined]
+
+
+def _check_written(name: str, tensor: Tensor, region: Region) -> None:
+    start = (tensor.data_ptr() - region.base) // region.unit
+    written = region.initialised[
+        start : start + tensor.numel() * tensor.element_size() // region.unit
+    ]
+    if not written.all():
+        first = int((~written).argmax())
+        raise EmulationError(f"element {first} of {name} was never written")
