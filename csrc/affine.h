@@ -60,11 +60,12 @@ struct ScalarMath {
   FROZEN_BN_INLINE static T sqrt(T x) {
     return std::sqrt(x);
   }
+  // Compared as in `blocked`, so that one comparison serves both.
   FROZEN_BN_INLINE static T max(T a, T b) {
-    return a > b ? a : b;
+    return !(b <= a) ? b : a;
   }
   FROZEN_BN_INLINE static T min(T a, T b) {
-    return a < b ? a : b;
+    return !(a <= b) ? b : a;
   }
   FROZEN_BN_INLINE static bool less_equal(T a, T b) {
     return a <= b;
@@ -128,7 +129,7 @@ FROZEN_BN_INLINE T derivative(T z) {
     return sigmoid * (one + z * (one - sigmoid));
   } else {
     const T three = constant<T>(3.0f);
-    const T ramp = z / three + constant<T>(0.5f);
+    const T ramp = z * (one / three) + constant<T>(0.5f);
     return z <= -three ? T{} : (z < three ? ramp : one);
   }
 }

@@ -7,6 +7,7 @@
 //   periodic  channels change faster (channels_last, small maps), but repeat with period
 //             C * inner. Packs that are a multiple of the period apart have the same channels: a
 //             thread walks down such a column, and keeps its 8 lanes' coefficients in registers.
+//             A block takes some neighbouring columns, whose coefficients it works out together.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +20,10 @@ namespace frozen_bn {
 
 constexpr int kPackSize = 8;
 constexpr int kThreads = 256;
-constexpr int kPacksPerThread = 2;  // loads in flight
+constexpr int kPacksPerThread = 2;  // planar
+constexpr int kResidentBlocks = 4;  // of a multiprocessor, at least: half the threads of the largest
 constexpr int kTileSize = kThreads * kPacksPerThread * kPackSize;
+constexpr int kMaxBlockColumns = 64;
 constexpr int kMaxTileRuns = kTileSize / kPackSize + 2;  // runs that a tile can touch, planar
 
 enum class Variant { kPlanar, kPeriodic };
@@ -50,22 +53,31 @@ inline LaunchPlan plan_planar(const Layout& layout) {
   return plan;
 }
 
-// Enough blocks to fill the device several times over, so that the last wave is short, but few
-// enough for a thread to use its coefficients more than once where there is work for it.
+// Neighbouring columns of one block: all, or even parts of them that are a multiple of 4, so that a
+// row of the block's packs starts and ends with a sector of memory.
+inline int64_t block_columns(int64_t columns) {
+  if (columns <= kMaxBlockColumns) return columns;
+  return ceil_div(ceil_div(columns, ceil_div(columns, int64_t{kMaxBlockColumns})), 4) * 4;
+}
+
+// As many blocks as are resident at once, twice over, but each with several rows to use its
+// coefficients for.
 inline LaunchPlan plan_periodic(const Layout& layout, int multiprocessors) {
-  constexpr int64_t kBlocksPerMultiprocessor = 16;
+  constexpr int64_t kBlocksPerMultiprocessor = 8, kLeastPacksPerThread = 4;
   LaunchPlan plan{};
   plan.variant = Variant::kPeriodic;
   plan.columns = std::lcm(layout.channels * layout.inner, int64_t{kPackSize}) / kPackSize;
   const int64_t rows = ceil_div(ceil_div(layout.numel, kPackSize), plan.columns);
-  plan.block_x = static_cast<uint32_t>(std::min<int64_t>(plan.columns, kThreads));
+  plan.block_x = static_cast<uint32_t>(block_columns(plan.columns));
   plan.block_y =
       static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kThreads / plan.block_x, rows)));
-  plan.grid_y = static_cast<uint32_t>(ceil_div(plan.columns, plan.block_x));
-  const int64_t most = ceil_div(kBlocksPerMultiprocessor * multiprocessors, plan.grid_y);
-  plan.grid_x = static_cast<uint32_t>(
-      std::min(most, ceil_div(rows, int64_t{plan.block_y} * kPacksPerThread)));
-  plan.partial_rows = plan.grid_x;
+  const int64_t parts = ceil_div(plan.columns, plan.block_x);
+  const int64_t most = ceil_div(kBlocksPerMultiprocessor * multiprocessors, parts);
+  const int64_t blocks =
+      std::min(most, ceil_div(rows, int64_t{plan.block_y} * kLeastPacksPerThread));
+  plan.grid_x = static_cast<uint32_t>(parts);
+  plan.grid_y = static_cast<uint32_t>(blocks);
+  plan.partial_rows = blocks;
   plan.partial_width = plan.columns * kPackSize;
   return plan;
 }

@@ -1,11 +1,73 @@
-"""Fixtures of every test."""
+"""Fixtures of every test, and the devices that numeric tests run on."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import pytest
 import torch
+from emulator import runtime
+from helpers import CPU_LEVELS
+
+import frozen_bn
+
+#: Besides the CPU: the CUDA kernels in an emulator, and on a GPU where there is one.
+ACCELERATORS = ["emulated"] * runtime.available() + ["cuda"] * torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    text = "with each instruction set of this machine, where `device` is the CPU"
+    config.addinivalue_line("markers", f"every_cpu_level: {text}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        every_level = metafunc.definition.get_closest_marker("every_cpu_level")
+        cpu = CPU_LEVELS if every_level else ["cpu"]
+        metafunc.parametrize("device", [*cpu, *ACCELERATORS], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """There are no float64 kernels to emulate: frozen_bn runs plain PyTorch for it on CUDA."""
+
+    def emulates_nothing(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return (parameters.get("device"), parameters.get("dtype")) == ("emulated", torch.float64)
+
+    config.hook.pytest_deselected(items=[item for item in items if emulates_nothing(item)])
+    items[:] = [item for item in items if not emulates_nothing(item)]
+
+
+@functools.cache
+def the_emulator(wide: bool = False) -> runtime.Emulator:
+    """One a process; with ``wide``, of kernels forced to 64-bit index arithmetic."""
+    return runtime.Emulator(runtime.build(wide=wide))
+
+
+@pytest.fixture
+def emulator() -> runtime.Emulator:
+    if not runtime.available():
+        pytest.skip("needs a CUDA toolkit (nvcc) and a torch with CUDA headers of its version")
+    return the_emulator()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the whole test on one device; new tensors are made there."""
+    if request.param == "emulated":
+        with the_emulator().active():
+            yield request.param
+    elif request.param == "cuda":
+        with torch.device("cuda"):
+            yield request.param
+    else:
+        best = CPU_LEVELS[-1]
+        frozen_bn._C.select_cpu_level(best if request.param == "cpu" else request.param)
+        yield request.param
+        frozen_bn._C.select_cpu_level(best)

@@ -9,11 +9,12 @@ import pytest
 
 _C = pytest.importorskip("frozen_bn._C")
 
-PACK, THREADS, TILE = 8, 256, 4096
+PACK, THREADS, TILE, BLOCK_COLUMNS = 8, 256, 4096, 64
 
 # numel, channels, inner
 PLANAR = [(1, 1, 8), (60800 * 512, 256, 60800), (25088 * 4, 512, 49), (2**33, 64, 2**20)]
 PERIODIC = [(64 * 4, 64, 1), (2 * 2048 * 49, 2048, 1), (37 * 950, 37, 1), (70000 * 4, 1, 4)]
+PERIODIC += [(2 * 2**24 * 4, 2**24, 4)]  # more columns than a grid has rows
 PERIODIC += [(3 * 7, 3, 7), (2 * 4096 * 4, 4096, 4), (2**33, 256, 1)]
 
 
@@ -49,9 +50,10 @@ def test_shorter_runs_go_column_by_column(layout, multiprocessors):
     assert chosen["columns"] * PACK % (channels * inner) == 0
     (grid_x, grid_y), (block_x, block_y) = chosen["grid"], chosen["block"]
     assert 1 <= block_x * block_y <= THREADS
-    assert grid_x >= 1 and grid_y <= 65535
-    assert (grid_y - 1) * block_x < chosen["columns"] <= grid_y * block_x
-    assert chosen["partial_rows"] == grid_x
+    assert grid_x < 2**31 and 1 <= grid_y <= 65535
+    assert (grid_x - 1) * block_x < chosen["columns"] <= grid_x * block_x
+    assert block_x <= BLOCK_COLUMNS and (grid_x == 1 or block_x % 4 == 0)
+    assert chosen["partial_rows"] == grid_y
     assert chosen["partial_width"] == chosen["columns"] * PACK
 
 
@@ -63,3 +65,9 @@ def test_indices_are_64_bit_only_where_they_have_to_be(layout):
 def test_a_large_tensor_fills_the_device():
     grid_x, grid_y = plan((2 * 256 * 60800, 256, 1), multiprocessors=132)["grid"]
     assert grid_x * grid_y >= 8 * 132
+
+
+def test_a_thread_uses_its_coefficients_for_several_packs():
+    numel, channels = 2 * 1024 * 3800, 1024
+    (grid_x, grid_y), (block_x, block_y) = (plan((numel, channels, 1))[k] for k in ("grid", "block"))
+    assert numel / PACK / (grid_x * grid_y * block_x * block_y) >= 3.5

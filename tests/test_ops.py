@@ -11,6 +11,8 @@ from torch import Tensor
 import frozen_bn
 from frozen_bn import frozen_batch_norm, reference
 
+pytestmark = pytest.mark.every_cpu_level
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -36,15 +38,6 @@ SHAPES = [
 ]
 MAPS = {0: (0, 5), 1: (1, 1), 4: (2, 2), 15: (3, 5), 16: (4, 4), 17: (1, 17), 49: (7, 7)}
 MAPS |= {950: (25, 38), 60800: (200, 304)}
-
-
-@pytest.fixture(params=CPU_LEVELS)
-def cpu_level(request: pytest.FixtureRequest):
-    """The whole test once with each instruction set that this machine has."""
-    before = frozen_bn._C.cpu_level()
-    frozen_bn._C.select_cpu_level(request.param)
-    yield request.param
-    frozen_bn._C.select_cpu_level(before)
 
 
 def make_input(n: int, c: int, hw: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -100,7 +93,7 @@ def terms_of(input: Tensor, statistics: list[Tensor], residual: Tensor | None) -
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_is_the_rounded_exact_result(shape, dtype, channels_last, cpu_level):
+def test_forward_is_the_rounded_exact_result(shape, dtype, channels_last, device):
     x = make_input(*shape, dtype, channels_last)
     statistics = make_statistics(shape[1])
     y = frozen_batch_norm(x, *statistics)
@@ -113,7 +106,7 @@ def test_forward_is_the_rounded_exact_result(shape, dtype, channels_last, cpu_le
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_activations_and_residual(channels_last, dtype, activation, with_residual, cpu_level):
+def test_activations_and_residual(channels_last, dtype, activation, with_residual, device):
     shape = (2, 37, 49)
     x = make_input(*shape, dtype, channels_last)
     residual = make_input(*shape, dtype, not channels_last) if with_residual else None
@@ -137,7 +130,7 @@ def gradients(function, leaves: list[Tensor], statistics, grad_output: Tensor, *
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 37, 49), (3, 64, 4), (1, 8, 950), (2, 3, 60800)])
 def test_gradients_agree_with_float64(
-    shape, channels_last, dtype, activation, with_residual, cpu_level
+    shape, channels_last, dtype, activation, with_residual, device
 ):
     if shape[2] == 60800 and not (activation == "relu" and with_residual):
         shape = (2, 3, 15)
@@ -168,7 +161,7 @@ def test_gradients_agree_with_float64(
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 512, 49), (8, 256, 4), (2, 128, 950)])
-def test_error_is_no_worse_than_that_of_batch_norm(shape, channels_last, cpu_level):
+def test_error_is_no_worse_than_that_of_batch_norm(shape, channels_last, device):
     x = make_input(*shape, torch.float32, channels_last).requires_grad_()
     statistics = make_statistics(shape[1])
     grad_output = torch.randn_like(x)
@@ -183,13 +176,15 @@ def test_error_is_no_worse_than_that_of_batch_norm(shape, channels_last, cpu_lev
     best = results(reference.frozen_batch_norm(*doubles), [doubles[0], *doubles[3:]])
     for our, their, exact_value in zip(ours, theirs, best, strict=True):
         error, theirs_error = ((t.double() - exact_value).norm() for t in (our, their))
-        # Sums of a dozen elements come down to the luck of their last rounding.
-        luck = 1.05 if our.dim() == 1 else 1.0
+        # Sums of a dozen elements come down to the luck of their last rounding. The CUDA kernels
+        # sum a tile in single precision, which F.batch_norm's on the CPU, in double, do not.
+        sums = 1.05 if device in CPU_LEVELS else 1.3
+        luck = sums if our.dim() == 1 else 1.0
         assert error <= luck * theirs_error
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_large_mean_keeps_its_digits(channels_last, cpu_level):
+def test_a_large_mean_keeps_its_digits(channels_last, device):
     x = 1000 + 0.01 * torch.randn(2, 16, 7, 7)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -202,7 +197,7 @@ def test_a_large_mean_keeps_its_digits(channels_last, cpu_level):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_tiny_variance_does_not_underflow_in_half(dtype, cpu_level):
+def test_tiny_variance_does_not_underflow_in_half(dtype, device):
     x = torch.randn(2, 4, 5, 5).to(dtype)
     statistics = [torch.full((4,), v) for v in (0.0, 1e-8, 1e-4, 0.0)]
     y = frozen_batch_norm(x, *statistics, eps=0.0)
@@ -243,7 +238,7 @@ AWKWARD = [
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("kind", AWKWARD)
 @pytest.mark.parametrize("role", ["input", "residual", "grad_output", "all"])
-def test_any_strides(kind, role, activation, cpu_level):
+def test_any_strides(kind, role, activation, device):
     def tensor(name: str) -> Tensor:
         return awkward(kind) if role in (name, "all") else torch.randn(2, 6, 7, 9)
 
@@ -260,7 +255,7 @@ def test_any_strides(kind, role, activation, cpu_level):
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 7), (2, 6, 3, 4, 5), (2, 6, 1, 1), (2, 1, 3, 4)])
-def test_every_rank(shape, cpu_level):
+def test_every_rank(shape, device):
     x = torch.randn(shape)
     statistics = make_statistics(shape[1])
     expected = F.batch_norm(x, *statistics, training=False)
@@ -273,7 +268,7 @@ def test_every_rank(shape, cpu_level):
 
 
 @pytest.mark.parametrize("vectors", [(False, False), (True, False), (False, True)])
-def test_weight_and_bias_are_optional(vectors, cpu_level):
+def test_weight_and_bias_are_optional(vectors, device):
     mean, var, weight, bias = make_statistics(8)
     affine = [v if present else None for v, present in zip((weight, bias), vectors, strict=True)]
     x = torch.randn(2, 8, 5, 5)
@@ -283,7 +278,7 @@ def test_weight_and_bias_are_optional(vectors, cpu_level):
 
 @pytest.mark.parametrize("parameters", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parameters_of_any_dtype(dtype, parameters, cpu_level):
+def test_parameters_of_any_dtype(dtype, parameters, device):
     x = torch.randn(2, 8, 5, 5).to(dtype)
     statistics = make_statistics(8, parameters)
     y = frozen_batch_norm(x, *statistics)
@@ -295,7 +290,7 @@ def test_parameters_of_any_dtype(dtype, parameters, cpu_level):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_nan_and_infinity_pass_as_in_torch(activation, channels_last, cpu_level):
+def test_nan_and_infinity_pass_as_in_torch(activation, channels_last, device):
     special = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e38, -1e38])
     x = special.repeat(2 * 3 * 7).reshape(2, 3, 7, 7)
     if channels_last:
@@ -310,7 +305,7 @@ def test_nan_and_infinity_pass_as_in_torch(activation, channels_last, cpu_level)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_halves_round_to_nearest_even_like_torch(dtype, cpu_level):
+def test_halves_round_to_nearest_even_like_torch(dtype, device):
     """Every finite half, and what lies halfway between two."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     x = bits.view(dtype).reshape(1, 1, 256, 256)
@@ -354,7 +349,7 @@ def test_large_outputs_and_thread_counts(threads):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-def test_gradients_at_the_kinks_are_torchs(activation, cpu_level):
+def test_gradients_at_the_kinks_are_torchs(activation, device):
     special = [-3.0, 3.0, 0.0, -0.0, 6.0, -7.0, 1.0]  # not NaN: torch has it both ways
     statistics = [torch.zeros(2), torch.ones(2)]
     gradients = []

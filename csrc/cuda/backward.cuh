@@ -1,52 +1,52 @@
 // The backward kernels, and the second stage of the affine gradients. Torch-free.
 #pragma once
 
-#include "channels.cuh"
+#include "traversal.cuh"
 
 namespace frozen_bn::cuda {
 namespace {
 
 template <class T>
 struct BackwardInputs {
-  RawPack<T> grad_output{}, input{}, residual{};
+  RawPack<T> grad_output{}, input{}, residual{};  // zeros where there is none
   uint32_t mask = 0;
 
   BackwardInputs() = default;
-  __device__ BackwardInputs(const BackwardParams& p, Position at)
-      : grad_output(load<T>(p.grad_output, at, p.vector_access)) {
-    if (p.input) input = load<T>(p.input, at, p.vector_access);
-    if (p.residual) residual = load<T>(p.residual, at, p.vector_access);
-    if (p.mask && at.count > 0) mask = p.mask[at.element / kPackSize];
+  template <class At>
+  __device__ BackwardInputs(const BackwardParams& p, At at)
+      : grad_output(load<T>(p.grad_output, at)) {
+    if (p.input) input = load<T>(p.input, at);
+    if (p.residual) residual = load<T>(p.residual, at);
+    if (p.mask && at.element < p.index.numel) mask = p.mask[at.element / kPackSize];
   }
 };
 
 // add(lane, g, g * (input - mean)) collects the sums. Lanes beyond the count have g = 0.
-template <class T, Activation kAct, class ChannelOf, class Add>
+template <class T, Activation kAct, class At, class Channels, class Add>
 __device__ void backward_pack(
-    const BackwardParams& p, Position at, const BackwardInputs<T>& inputs, ChannelOf channel_of,
+    const BackwardParams& p, At at, const BackwardInputs<T>& inputs, const Channels& channels,
     Add add) {
-  if (at.count == 0) return;
   const Floats dy = unpack<T>(inputs.grad_output), x = unpack<T>(inputs.input);
   const Floats r = unpack<T>(inputs.residual);
-  Floats dx, dr;
+  Floats gradient;  // behind the activation
 #pragma unroll
   for (int k = 0; k < kPackSize; ++k) {
-    const Channel c = channel_of(k);
+    const Channel c = channels(k);
     float g = dy.lane[k];
     if constexpr (needs_input(kAct)) {
-      float z = normalize(x.lane[k], c.mean, c.scale, c.bias);
-      if (p.residual) z += r.lane[k];
-      g *= derivative<kAct>(z);
+      g *= derivative<kAct>(normalize(x.lane[k], c.mean, c.scale, c.bias) + r.lane[k]);
     } else if constexpr (needs_mask(kAct)) {
       const float attenuated = kAct == Activation::kLeakyRelu ? g * p.negative_slope : 0.0f;
       g = inputs.mask >> k & 1 ? attenuated : g;
     }
-    dx.lane[k] = g * c.scale;
-    dr.lane[k] = g;
+    gradient.lane[k] = g;
     add(k, g, g * (x.lane[k] - c.mean));
   }
-  if (p.grad_input) store<T>(p.grad_input, at, p.vector_access, dx);
-  if (p.grad_residual) store<T>(p.grad_residual, at, p.vector_access, dr);
+  if (p.grad_residual) store<T>(p.grad_residual, at, gradient);
+  if (!p.grad_input) return;
+#pragma unroll
+  for (int k = 0; k < kPackSize; ++k) gradient.lane[k] *= channels(k).scale;
+  store<T>(p.grad_input, at, gradient);
 }
 
 struct Sums {
@@ -81,7 +81,7 @@ __device__ inline void write_run_sums(
 // Adds up each run's sums from those of its packs. As many lanes share a run as it has packs, at
 // most a warp; the order of additions is fixed.
 __device__ inline void reduce_runs(
-    const BackwardParams& p, const Tile& tile, const Sums (*packs)[2], uint32_t size) {
+    const BackwardParams& p, const Tile& tile, const Sums (*packs)[2]) {
   const uint32_t inner = p.index.tile_inner;
   uint32_t lanes = 1;
   while (lanes < 32 && lanes < inner / kPackSize + 1) lanes *= 2;
@@ -92,8 +92,8 @@ __device__ inline void reduce_runs(
     Sums sums;
     if (run < tile.runs) {
       // The run's elements are [begin, end) of the tile.
-      const uint32_t begin = run == 0 ? 0 : tile.first_left + (run - 1) * inner;
-      const uint32_t end = min(tile.first_left + run * inner, size);
+      const uint32_t begin = run == 0 ? 0 : run * inner - tile.skipped;
+      const uint32_t end = min((run + 1) * inner - tile.skipped, tile.size);
       for (uint32_t i = begin / kPackSize + lane; i * kPackSize < end; i += lanes) {
         const Sums& pack = packs[i][i * kPackSize < begin];  // it starts before: its second run
         sums.add(pack.g, pack.centered);
@@ -108,98 +108,90 @@ __device__ inline void reduce_runs(
   }
 }
 
+// At least two 16-byte loads in flight; more packs at once would cost registers.
 template <class T, Activation kAct, bool kSums>
-__global__ void __launch_bounds__(kThreads)
+constexpr int kBackwardInFlight = sizeof(T) == 2 && !kSums && !needs_input(kAct) ? 2 : 1;
+
+template <class T, Activation kAct, bool kSums>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_backward_planar_kernel(const __grid_constant__ BackwardParams p) {
-  __shared__ Channel table[kMaxTileRuns];
+  __shared__ PlanarTable table;
   __shared__ Sums pack_sums[kSums ? kTileSize / kPackSize : 1][2];
   const Tile tile(p.index, blockIdx.x);
-  Position at[kPacksPerThread];
-  BackwardInputs<T> inputs[kPacksPerThread];
-#pragma unroll
-  for (int k = 0; k < kPacksPerThread; ++k) {
-    at[k] = position_at(tile.start + Tile::pack_offset(k), p.index.numel);
-    inputs[k] = BackwardInputs<T>(p, at[k]);
-  }
-  fill_table(table, p, tile);
-#pragma unroll
-  for (int k = 0; k < kPacksPerThread; ++k) {
-    if (at[k].count == 0) break;
-    const uint32_t offset = Tile::pack_offset(k);
-    const uint32_t run = tile.run_of(p.index, offset);
-    const PlanarChannels channels(table, p.index, tile, offset, run);
-    Sums here, next;
-    backward_pack<T, kAct>(p, at[k], inputs[k], channels, [&](int lane, float g, float centered) {
-      if constexpr (kSums) {
-        const bool is_here = lane < channels.left;
-        here.add(is_here ? g : 0.0f, is_here ? centered : 0.0f);
-        next.add(is_here ? 0.0f : g, is_here ? 0.0f : centered);
-      }
-    });
-    if constexpr (kSums) {
-      pack_sums[offset / kPackSize][0] = here;
-      pack_sums[offset / kPackSize][1] = next;
-    }
-  }
+  traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>>(
+      p, table, tile, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
+        Sums first, second;
+        backward_pack<T, kAct>(p, at, inputs, channels, [&](int lane, float g, float centered) {
+          if constexpr (kSums) {
+            const bool is_first = channels.is_first(lane);
+            first.add(is_first ? g : 0.0f, is_first ? centered : 0.0f);
+            second.add(is_first ? 0.0f : g, is_first ? 0.0f : centered);
+          }
+        });
+        if constexpr (kSums) {
+          const uint32_t pack = static_cast<uint32_t>(at.element - tile.start) / kPackSize;
+          pack_sums[pack][0] = first;
+          pack_sums[pack][1] = second;
+        }
+      });
   if constexpr (kSums) {
     __syncthreads();
-    const int64_t rest = p.index.numel - tile.start;
-    reduce_runs(p, tile, pack_sums, rest < kTileSize ? static_cast<uint32_t>(rest) : kTileSize);
+    reduce_runs(p, tile, pack_sums);
   }
 }
 
+// Sums of each thread's 8 lanes: of g, then of g * (input - mean).
+using LaneSums = float[2 * kPackSize][kThreads];
+
 // Adds up the rows of a block, and writes them to its partial row.
 __device__ inline void reduce_rows(
-    const BackwardParams& p, const Column& column, const Sums (&sums)[kPackSize]) {
-  __shared__ float rows[2 * kPackSize][kThreads];
-  const uint32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
-#pragma unroll
-  for (int k = 0; k < kPackSize; ++k) {
-    rows[k][thread] = sums[k].g;
-    rows[kPackSize + k][thread] = sums[k].centered;
-  }
+    const BackwardParams& p, const Column& column, const LaneSums& sums) {
   __syncthreads();
   const uint32_t first_column = column.number - threadIdx.x;
-  for (uint32_t i = thread; i < 2 * kPackSize * blockDim.x; i += blockDim.x * blockDim.y) {
+  for (uint32_t i = thread_in_block(); i < 2 * kPackSize * blockDim.x;
+       i += blockDim.x * blockDim.y) {
     const uint32_t value = i / blockDim.x, x = i % blockDim.x;
     if (first_column + x >= p.index.columns) continue;
     float sum = 0;
-    for (uint32_t y = 0; y < blockDim.y; ++y) sum += rows[value][y * blockDim.x + x];
-    const int64_t row = 2 * int64_t{blockIdx.x} + value / kPackSize;
+    for (uint32_t y = 0; y < blockDim.y; ++y) sum += sums[value][y * blockDim.x + x];
+    const int64_t row = 2 * int64_t{blockIdx.y} + value / kPackSize;
     const int64_t lane = int64_t{first_column + x} * kPackSize + value % kPackSize;
     p.partial_sums[row * p.partial_width + lane] = sum;
   }
 }
 
+// A smooth activation needs the registers for its arithmetic: coefficients and sums stay in shared
+// memory then.
 template <class T, Activation kAct, bool kSums>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_backward_periodic_kernel(const __grid_constant__ BackwardParams p) {
-  Column column;
-  Channel channels[kPackSize];
-  if (column.number < p.index.columns) {
+  constexpr bool kInShared = needs_input(kAct);
+  __shared__ PeriodicTable table;
+  __shared__ LaneSums shared_sums;
+  const uint32_t thread = thread_in_block();
+  const Column column(p.index);
+  Sums sums[kPackSize];
+  const auto put = [&] {
 #pragma unroll
     for (int k = 0; k < kPackSize; ++k) {
-      channels[k] = find_channel(p, column.channel_of(p.index, k));
+      shared_sums[k][thread] = sums[k].g;
+      shared_sums[kPackSize + k][thread] = sums[k].centered;
     }
-  }
-  const auto channel_of = [&](int lane) { return channels[lane]; };
-  Sums sums[kPackSize];
-  const auto add = [&](int lane, float g, float centered) {
-    if constexpr (kSums) sums[lane].add(g, centered);
   };
-  while (column.position(p.index, 0).count > 0) {
-    BackwardInputs<T> inputs[kPacksPerThread];
-#pragma unroll
-    for (int k = 0; k < kPacksPerThread; ++k) {
-      inputs[k] = BackwardInputs<T>(p, column.position(p.index, k));
-    }
-#pragma unroll
-    for (int k = 0; k < kPacksPerThread; ++k) {
-      backward_pack<T, kAct>(p, column.position(p.index, k), inputs[k], channel_of, add);
-    }
-    column.row += kPacksPerThread * column.row_step;
-  }
-  if constexpr (kSums) reduce_rows(p, column, sums);
+  if constexpr (kSums && kInShared) put();
+  traverse_periodic<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>, kInShared>(
+      p, table, column, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
+        backward_pack<T, kAct>(p, at, inputs, channels, [&](int lane, float g, float centered) {
+          if constexpr (kSums && kInShared) {
+            shared_sums[lane][thread] += g;
+            shared_sums[kPackSize + lane][thread] += centered;
+          } else if constexpr (kSums) {
+            sums[lane].add(g, centered);
+          }
+        });
+      });
+  if constexpr (kSums && !kInShared) put();
+  if constexpr (kSums) reduce_rows(p, column, shared_sums);
 }
 
 constexpr int kReduceChannels = 32, kReduceRows = 8;

@@ -12,46 +12,144 @@ struct Channel {
   float mean, scale, bias;
 };
 
-// Read from the rows that the forward saved; their order is that of CoefficientRow in ../checks.h.
-__device__ inline Channel find_channel(const BackwardParams& p, int64_t channel) {
+// 1 / sqrt(var + eps), and its product with the weight, each rounded about once, as the CPU has
+// them from double: what sum, root, quotient and product lose is known exactly (Knuth's two-sum,
+// fused multiply-add), and added to first order.
+struct Scale {
+  float inv_std, scale;
+
+  __device__ Scale(float var, float eps, float weight) {
+    const float sum = var + eps;
+    const float back = sum - var;
+    const float sum_lost = (var - (sum - back)) + (eps - back);
+    const float inverse = inverse_std(var, eps);
+    const float root = __fmul_rn(sum, inverse);
+    const float root_lost = __fmaf_rn(sum, inverse, -root);
+    const float rest = __fmaf_rn(-root, inverse, 1.0f) - (root_lost + sum_lost * inverse) * inverse;
+    const float correction = finite_or_zero(0.5f * inverse * rest);
+    const float product = __fmul_rn(weight, inverse);
+    const float product_lost = __fmaf_rn(weight, inverse, -product);
+    inv_std = inverse + correction;
+    scale = product + finite_or_zero(product_lost + weight * correction);
+  }
+
+  static __device__ float finite_or_zero(float x) {
+    return isfinite(x) ? x : 0.0f;
+  }
+};
+
+// The order of the coefficients' rows is that of CoefficientRow in ../checks.h.
+
+// Read from the rows that the forward saved.
+__device__ inline Channel find_channel(const BackwardParams& p, int64_t channel, bool) {
   const float* row = p.coefficients + channel;
   return {row[0], row[p.index.channels], row[2 * p.index.channels]};
 }
 
-__device__ inline Channel compute_channel(const ForwardParams& p, int64_t channel, float& inv_std) {
-  inv_std = inverse_std(load_channel(p.var, channel, 1.0f), p.eps);
-  return {
-      load_channel(p.mean, channel, 0.0f), load_channel(p.weight, channel, 1.0f) * inv_std,
-      load_channel(p.bias, channel, 0.0f)};
-}
-
-__device__ inline Channel find_channel(const ForwardParams& p, int64_t channel) {
-  float inv_std;
-  return compute_channel(p, channel, inv_std);
-}
-
-// Fills the table with the channels of a tile's runs, and waits for it.
-template <class Params>
-__device__ void fill_table(Channel* table, const Params& p, const Tile& tile) {
-  for (uint32_t run = threadIdx.x; run < tile.runs; run += kThreads) {
-    table[run] = find_channel(p, tile.channel_of(p.index, run));
+// Computed; saved for the backward as well if `save`.
+__device__ inline Channel find_channel(const ForwardParams& p, int64_t channel, bool save) {
+  const Scale scale(
+      load_channel(p.var, channel, 1.0f), p.eps, load_channel(p.weight, channel, 1.0f));
+  const Channel found{
+      load_channel(p.mean, channel, 0.0f), scale.scale, load_channel(p.bias, channel, 0.0f)};
+  if (save && p.coefficients) {
+    float* row = p.coefficients + channel;
+    row[0] = found.mean;
+    row[p.index.channels] = found.scale;
+    row[2 * p.index.channels] = found.bias;
+    row[3 * p.index.channels] = scale.inv_std;
   }
-  __syncthreads();
+  return found;
 }
 
-// The two channels that a pack can span.
-struct PlanarChannels {
-  Channel here, next;
-  uint32_t left;
-
-  __device__ PlanarChannels(
-      const Channel* table, const Index& index, const Tile& tile, uint32_t offset, uint32_t run)
-      : here(table[run]),
-        next(table[run + 1 < tile.runs ? run + 1 : run]),
-        left(tile.left_in_run(index, offset, run)) {}
-
+// Where a pack lies in one channel, and where it spans two. is_first(lane) says which.
+struct OneChannel {
+  Channel channel;
+  __device__ Channel operator()(int) const {
+    return channel;
+  }
+  static __device__ bool is_first(int) {
+    return true;
+  }
+};
+struct TwoChannels {
+  Channel first, second;
+  uint32_t split;
   __device__ Channel operator()(int lane) const {
-    return lane < left ? here : next;
+    return is_first(lane) ? first : second;
+  }
+  __device__ bool is_first(int lane) const {
+    return lane < split;
+  }
+};
+
+// One for each lane.
+struct EightChannels {
+  float mean[kPackSize], scale[kPackSize], bias[kPackSize];
+  __device__ Channel operator()(int lane) const {
+    return {mean[lane], scale[lane], bias[lane]};
+  }
+};
+
+// The channels of a tile's runs.
+struct PlanarTable {
+  Channel channels[kMaxTileRuns];
+
+  // Each channel is saved where its run of the first sample begins.
+  template <class Params>
+  __device__ void fill(const Params& p, const Tile& tile) {
+    for (uint32_t run = threadIdx.x; run < tile.runs; run += kThreads) {
+      const int64_t sample = tile.sample_of(p.index, run);
+      const int64_t channel = tile.first_run + run - sample * p.index.channels;
+      channels[run] = find_channel(p, channel, sample == 0 && (run > 0 || tile.starts_run));
+    }
+    __syncthreads();
+  }
+};
+
+// The channels of a block's columns, a row of each coefficient.
+struct PeriodicTable {
+  alignas(16) float mean[kMaxBlockColumns * kPackSize];
+  alignas(16) float scale[kMaxBlockColumns * kPackSize];
+  alignas(16) float bias[kMaxBlockColumns * kPackSize];
+
+  // Each channel is saved by the first blocks, where it first occurs.
+  template <class Params>
+  __device__ void fill(const Params& p) {
+    const uint32_t lanes = blockDim.x * kPackSize, first = blockIdx.x * lanes;
+    const uint32_t period = static_cast<uint32_t>(p.index.columns) * kPackSize;
+    for (uint32_t i = thread_in_block(); i < lanes && first + i < period;
+         i += blockDim.x * blockDim.y) {
+      const uint32_t run = divide(first + i, p.index.by_inner);
+      const uint32_t sample = divide(run, p.index.by_channels);
+      const uint32_t channel = run - sample * p.index.by_channels.divisor;
+      const bool occurs = sample == 0 && run * p.index.by_inner.divisor == first + i;
+      const Channel found = find_channel(p, channel, blockIdx.y == 0 && occurs);
+      mean[i] = found.mean;
+      scale[i] = found.scale;
+      bias[i] = found.bias;
+    }
+    __syncthreads();
+  }
+
+  __device__ EightChannels of_thread() const {
+    const uint32_t i = threadIdx.x * kPackSize;
+    EightChannels channels;
+    read(channels.mean, mean + i);
+    read(channels.scale, scale + i);
+    read(channels.bias, bias + i);
+    return channels;
+  }
+
+  static __device__ void read(float (&to)[kPackSize], const float* from) {
+#pragma unroll
+    for (int k = 0; k < kPackSize; k += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + k);
+      to[k] = four.x;
+      to[k + 1] = four.y;
+      to[k + 2] = four.z;
+      to[k + 3] = four.w;
+    }
   }
 };
 

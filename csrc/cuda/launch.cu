@@ -33,7 +33,7 @@ Index make_index(const Layout& layout, const LaunchPlan& plan) {
   index.inner = layout.inner;
   index.channels = layout.channels;
   index.wide = plan.wide;
-  if (!plan.wide) {
+  if (!plan.wide || plan.variant == Variant::kPeriodic) {
     index.by_inner = FastDivisor(static_cast<uint32_t>(layout.inner));
     index.by_channels = FastDivisor(static_cast<uint32_t>(layout.channels));
   }

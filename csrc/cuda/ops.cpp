@@ -64,8 +64,7 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   check_kernel_dtype("forward", "input", a.input);
   const Device device(a.input);
   if (layout.numel == 0) return;
-  const LaunchPlan plan =
-      plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
+  const LaunchPlan plan = plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
   ForwardParams params{};
   params.index = make_index(layout, plan);
   params.input = a.input.data_ptr();
@@ -110,8 +109,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
     }
     return;
   }
-  const LaunchPlan plan =
-      plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
+  const LaunchPlan plan = plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
   const bool wants_sums = a.grad_weight || a.grad_bias;
   OptionalTensor partial_sums;
   if (wants_sums) {

@@ -16,7 +16,11 @@ struct Storage;  // two elements as a 32-bit word, and one alone
 template <>
 struct Storage<__half> {
   static __device__ float2 unpack(uint32_t word) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&word));
+    float2 pair;  // in assembly, because __half22float2 takes the word apart twice
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(pair.x), "=f"(pair.y)
+        : "r"(word));
+    return pair;
   }
   static __device__ uint32_t pack(float low, float high) {
     const __half2 halves = __floats2half2_rn(low, high);
@@ -60,7 +64,11 @@ struct Storage<float> {
 // As it lies in memory: 16 bytes of halves, 32 of floats.
 template <class T>
 struct RawPack {
-  uint4 quads[sizeof(T) * kPackSize / sizeof(uint4)];
+  uint4 words;
+};
+template <>
+struct RawPack<float> {
+  float4 low, high;
 };
 
 struct Floats {
@@ -69,16 +77,17 @@ struct Floats {
 
 template <class T>
 __device__ Floats unpack(const RawPack<T>& raw) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(&raw);
   Floats x;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    x = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+         raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+  } else {
+    const uint32_t words[] = {raw.words.x, raw.words.y, raw.words.z, raw.words.w};
 #pragma unroll
-  for (int k = 0; k < kPackSize; ++k) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      x.lane[k] = __uint_as_float(words[k]);
-    } else if (k % 2 == 0) {
-      const float2 pair = Storage<T>::unpack(words[k / 2]);
-      x.lane[k] = pair.x;
-      x.lane[k + 1] = pair.y;
+    for (int k = 0; k < kPackSize / 2; ++k) {
+      const float2 pair = Storage<T>::unpack(words[k]);
+      x.lane[2 * k] = pair.x;
+      x.lane[2 * k + 1] = pair.y;
     }
   }
   return x;
@@ -86,35 +95,88 @@ __device__ Floats unpack(const RawPack<T>& raw) {
 
 template <class T>
 __device__ RawPack<T> pack(const Floats& x) {
-  RawPack<T> raw;
-  uint32_t* words = reinterpret_cast<uint32_t*>(&raw);
-#pragma unroll
-  for (int k = 0; k < kPackSize; ++k) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      words[k] = __float_as_uint(x.lane[k]);
-    } else if (k % 2 == 0) {
-      words[k / 2] = Storage<T>::pack(x.lane[k], x.lane[k + 1]);
-    }
+  const float* lane = x.lane;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {{lane[0], lane[1], lane[2], lane[3]}, {lane[4], lane[5], lane[6], lane[7]}};
+  } else {
+    return {
+        {Storage<T>::pack(lane[0], lane[1]), Storage<T>::pack(lane[2], lane[3]),
+         Storage<T>::pack(lane[4], lane[5]), Storage<T>::pack(lane[6], lane[7])}};
   }
-  return raw;
 }
 
-// Which elements a thread is at: the first, and how many of the 8 there are.
-struct Position {
+// Where a pack starts, and how it may be accessed: 16 bytes at a time...
+struct WholePack {
   int64_t element;
-  int count;
 };
 
-__device__ inline Position position_at(int64_t element, int64_t numel) {
-  const int64_t left = numel - element;
-  return {element, left >= kPackSize ? kPackSize : (left > 0 ? static_cast<int>(left) : 0)};
+// ... or as whatever it is: perhaps less than 8 elements (or none), perhaps not aligned.
+struct AnyPack {
+  int64_t element;
+  int count;
+  bool vector_access;
+
+  // `left` elements are left there.
+  __device__ AnyPack(int64_t element, int64_t left, bool aligned)
+      : element(element),
+        count(left >= kPackSize ? kPackSize : (left > 0 ? static_cast<int>(left) : 0)),
+        vector_access(aligned && count == kPackSize) {}
+};
+
+// In assembly, because the compiler takes some of these accesses apart.
+__device__ inline uint4 load_quad(const uint4* from) {
+  uint4 quad;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(quad.x), "=r"(quad.y), "=r"(quad.z), "=r"(quad.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return quad;
+}
+__device__ inline float4 load_quad(const float4* from) {
+  float4 quad;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(quad.x), "=f"(quad.y), "=f"(quad.z), "=f"(quad.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return quad;
+}
+__device__ inline void store_quad(uint4* to, uint4 quad) {
+  asm volatile(
+      "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(quad.x),
+      "r"(quad.y), "r"(quad.z), "r"(quad.w));
+}
+__device__ inline void store_quad(float4* to, float4 quad) {
+  asm volatile(
+      "st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(quad.x),
+      "f"(quad.y), "f"(quad.z), "f"(quad.w));
+}
+
+template <class T>
+__device__ RawPack<T> load(const void* tensor, WholePack at) {
+  const void* from = static_cast<const T*>(tensor) + at.element;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const float4* quads = static_cast<const float4*>(from);
+    return {load_quad(quads), load_quad(quads + 1)};
+  } else {
+    return {load_quad(static_cast<const uint4*>(from))};
+  }
+}
+
+template <class T>
+__device__ void store(void* tensor, WholePack at, const Floats& x) {
+  void* to = static_cast<T*>(tensor) + at.element;
+  const RawPack<T> raw = pack<T>(x);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    store_quad(static_cast<float4*>(to), raw.low);
+    store_quad(static_cast<float4*>(to) + 1, raw.high);
+  } else {
+    store_quad(static_cast<uint4*>(to), raw.words);
+  }
 }
 
 // Lanes beyond the count read as 0.
 template <class T>
-__device__ RawPack<T> load(const void* tensor, Position at, bool vector_access) {
+__device__ RawPack<T> load(const void* tensor, AnyPack at) {
+  if (at.vector_access) return load<T>(tensor, WholePack{at.element});
   const T* from = static_cast<const T*>(tensor) + at.element;
-  if (vector_access && at.count == kPackSize) return *reinterpret_cast<const RawPack<T>*>(from);
   Floats x{};
 #pragma unroll
   for (int k = 0; k < kPackSize; ++k) {
@@ -124,12 +186,9 @@ __device__ RawPack<T> load(const void* tensor, Position at, bool vector_access) 
 }
 
 template <class T>
-__device__ void store(void* tensor, Position at, bool vector_access, const Floats& x) {
+__device__ void store(void* tensor, AnyPack at, const Floats& x) {
+  if (at.vector_access) return store<T>(tensor, WholePack{at.element}, x);
   T* to = static_cast<T*>(tensor) + at.element;
-  if (vector_access && at.count == kPackSize) {
-    *reinterpret_cast<RawPack<T>*>(to) = pack<T>(x);
-    return;
-  }
 #pragma unroll
   for (int k = 0; k < kPackSize; ++k) {
     if (k < at.count) to[k] = Storage<T>::store(x.lane[k]);

@@ -28,8 +28,8 @@ struct Index {
   int64_t numel;
   int64_t inner;
   int64_t channels;
-  FastDivisor by_inner;     // where not wide
-  FastDivisor by_channels;  // where not wide
+  FastDivisor by_inner;     // periodic, and where not wide
+  FastDivisor by_channels;  // likewise
   uint32_t tile_inner;      // min(inner, kTileSize)
   FastDivisor by_tile_inner;
   int64_t columns;

@@ -24,6 +24,8 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import frozen_bn
+
 from .machine import Counters, EmulationError, Launch, Program
 from .memory import AddressSpace, Region
 from .ptx import Module
@@ -41,6 +43,11 @@ def cuda_home() -> Path | None:
     dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE)
     return Path(top[1] if top else Path(nvcc).parent.parent).resolve()
+
+
+def available() -> bool:
+    """Whether the emulator can be built here: with nvcc, and a torch that has CUDA's headers."""
+    return cuda_home() is not None and "cpu" in frozen_bn.ops.live
 
 
 def _run(*command: object) -> None:
@@ -144,7 +151,7 @@ class Emulator:
 
     def __init__(self, library: Path) -> None:
         namespace = f"frozen_bn_{library.stem}"
-        self._definitions = torch.library.Library(namespace, "DEF")  # noqa: TOR901
+        self._definitions = torch.library.Library(namespace, "DEF")
         for name in ("forward", "backward"):
             schema = str(getattr(torch.ops.frozen_bn, name).default._schema)
             self._definitions.define(schema.removeprefix("frozen_bn::"))
@@ -217,21 +224,31 @@ class Emulator:
                 _check_written(name, tensor, region)
 
     def forward(self, *arguments: Any) -> None:
+        """``torch.ops.frozen_bn.forward``, without float64."""
         self._call(self._operators.forward.default, arguments)
 
     def backward(self, *arguments: Any) -> None:
+        """``torch.ops.frozen_bn.backward``, without float64."""
         self._call(self._operators.backward.default, arguments)
 
     @contextmanager
     def active(self) -> Iterator[Emulator]:
-        """Within, ``frozen_bn`` runs CPU tensors through the emulated CUDA operators."""
-        functional = sys.modules["frozen_bn.functional"]
-        before = functional._forward, functional._backward  # type: ignore[attr-defined]
-        functional._forward, functional._backward = self.forward, self.backward  # type: ignore[attr-defined]
+        """Within, ``frozen_bn`` runs CPU tensors through the emulated CUDA operators: all but
+        float64, which has no kernels there."""
+        functional: Any = sys.modules["frozen_bn.functional"]
+        before = functional._forward, functional._backward
+
+        def unless_double(emulated: Any, own: Any) -> Any:
+            return lambda *arguments: (
+                own if arguments[0].dtype == torch.float64 else emulated
+            )(*arguments)
+
+        functional._forward = unless_double(self.forward, before[0])
+        functional._backward = unless_double(self.backward, before[1])
         try:
             yield self
         finally:
-            functional._forward, functional._backward = before  # type: ignore[attr-defined]
+            functional._forward, functional._backward = before
 
 
 def _check_written(name: str, tensor: Tensor, region: Region) -> None:
