@@ -16,7 +16,8 @@ RUN   := $(VENV)/bin/python
 PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-other-torch wheel checkstyle bench clean
+.PHONY: build demo test test-other-torch wheel checkstyle bench roofline compiled mutations
+.PHONY: gpu-check clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -39,6 +40,22 @@ test: build
 
 bench: build
 	$(RUN) -m benchmarks.bench_op
+
+# Memory traffic of the CUDA kernels and their peers, counted without a GPU.
+roofline: build
+	$(RUN) -m benchmarks.roofline
+
+# Registers, occupancy and access widths, read off the compiled kernels.
+compiled: build
+	$(RUN) -m benchmarks.compiled
+
+# Breaks the CUDA sources one way after the other: the tests have to notice (15 minutes).
+mutations: build
+	cd tests && $(abspath $(RUN)) -m emulator.mutate
+
+# On a machine with a GPU: all tests there, and the benchmarks, into gpu-report.md.
+gpu-check: build
+	$(RUN) -m benchmarks.gpu_check
 
 wheel: build
 	rm -rf dist

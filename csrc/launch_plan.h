@@ -21,7 +21,6 @@ namespace frozen_bn {
 constexpr int kPackSize = 8;
 constexpr int kThreads = 256;
 constexpr int kPacksPerThread = 2;  // planar
-constexpr int kResidentBlocks = 4;  // of a multiprocessor, at least: half the threads of the largest
 constexpr int kTileSize = kThreads * kPacksPerThread * kPackSize;
 constexpr int kMaxBlockColumns = 64;
 constexpr int kMaxTileRuns = kTileSize / kPackSize + 2;  // runs that a tile can touch, planar
@@ -53,11 +52,20 @@ inline LaunchPlan plan_planar(const Layout& layout) {
   return plan;
 }
 
-// Neighbouring columns of one block: all, or even parts of them that are a multiple of 4, so that a
-// row of the block's packs starts and ends with a sector of memory.
+// Neighbouring columns of one block: few, so that many packs share the work for their coefficients,
+// but where there are more, even parts that are a multiple of 4, so that a row of the block's packs
+// starts and ends with a sector of memory. Rows of an odd number start anywhere: keep those whole.
 inline int64_t block_columns(int64_t columns) {
-  if (columns <= kMaxBlockColumns) return columns;
-  return ceil_div(ceil_div(columns, ceil_div(columns, int64_t{kMaxBlockColumns})), 4) * 4;
+  constexpr int64_t kPreferred = 32;
+  const bool odd = columns % 2 != 0;
+  if (columns <= (odd ? kMaxBlockColumns : kPreferred)) return columns;
+  return ceil_div(ceil_div(columns, ceil_div(columns, kPreferred)), 4) * 4;
+}
+
+// Rows of one block: an even number of packs, so that the next block starts with a sector.
+inline int64_t block_rows(int64_t columns, int64_t rows) {
+  const int64_t most = kThreads / columns;
+  return std::min(rows, columns % 2 == 0 ? most : most / 2 * 2);
 }
 
 // As many blocks as are resident at once, twice over, but each with several rows to use its
@@ -69,8 +77,7 @@ inline LaunchPlan plan_periodic(const Layout& layout, int multiprocessors) {
   plan.columns = std::lcm(layout.channels * layout.inner, int64_t{kPackSize}) / kPackSize;
   const int64_t rows = ceil_div(ceil_div(layout.numel, kPackSize), plan.columns);
   plan.block_x = static_cast<uint32_t>(block_columns(plan.columns));
-  plan.block_y =
-      static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kThreads / plan.block_x, rows)));
+  plan.block_y = static_cast<uint32_t>(block_rows(plan.block_x, rows));
   const int64_t parts = ceil_div(plan.columns, plan.block_x);
   const int64_t most = ceil_div(kBlocksPerMultiprocessor * multiprocessors, parts);
   const int64_t blocks =

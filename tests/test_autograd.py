@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from frozen_bn import FrozenBatchNorm2d, frozen_batch_norm, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NAMES = ("input", "weight", "bias", "residual")
 COMBINATIONS = [c for n in range(1, 5) for c in itertools.combinations(NAMES, n)]
 AFFINE = [(), ("weight",), ("bias",), ("weight", "bias")]

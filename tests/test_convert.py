@@ -25,6 +25,8 @@ from frozen_bn import (
     unfreeze_bn,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 C = 4
 IMAGE = (2, C, 5, 5)
 FROZEN = (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)

@@ -53,6 +53,7 @@ def test_shorter_runs_go_column_by_column(layout, multiprocessors):
     assert grid_x < 2**31 and 1 <= grid_y <= 65535
     assert (grid_x - 1) * block_x < chosen["columns"] <= grid_x * block_x
     assert block_x <= BLOCK_COLUMNS and (grid_x == 1 or block_x % 4 == 0)
+    assert block_x * block_y % 2 == 0 or grid_y == 1
     assert chosen["partial_rows"] == grid_y
     assert chosen["partial_width"] == chosen["columns"] * PACK
 
@@ -69,5 +70,7 @@ def test_a_large_tensor_fills_the_device():
 
 def test_a_thread_uses_its_coefficients_for_several_packs():
     numel, channels = 2 * 1024 * 3800, 1024
-    (grid_x, grid_y), (block_x, block_y) = (plan((numel, channels, 1))[k] for k in ("grid", "block"))
+    (grid_x, grid_y), (block_x, block_y) = (
+        plan((numel, channels, 1))[k] for k in ("grid", "block")
+    )
     assert numel / PACK / (grid_x * grid_y * block_x * block_y) >= 3.5

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import frozen_bn
 from frozen_bn import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 
+pytestmark = pytest.mark.usefixtures("device")
+
 C = 5
 RANKS = [
     pytest.param(FrozenBatchNorm1d, nn.BatchNorm1d, (4, C), id="1d-2"),

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from helpers import ACTIVATIONS, CPU_LEVELS
 from torch import Tensor
 
-import frozen_bn
 from frozen_bn import frozen_batch_norm, reference
 
 pytestmark = pytest.mark.every_cpu_level

@@ -65,8 +65,9 @@ __device__ inline void write_run_sums(
   const int64_t tile_number = blockIdx.x;
   const int64_t first_tile = number * p.index.inner / kTileSize;
   const int64_t last_tile = ((number + 1) * p.index.inner - 1) / kTileSize;
-  const int64_t first_row = tile.sample_of(p.index, run) * p.segments;
-  float* column = p.partial_sums + tile.channel_of(p.index, run);
+  const RunPlace place = tile.place_of(p.index, run);
+  const int64_t first_row = place.sample * p.segments;
+  float* column = p.partial_sums + place.channel;
   const auto write = [&](int64_t row, const Sums& s) {
     column[2 * row * p.partial_width] = s.g;
     column[(2 * row + 1) * p.partial_width] = s.centered;

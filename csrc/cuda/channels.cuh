@@ -26,10 +26,10 @@ struct Scale {
     const float root = __fmul_rn(sum, inverse);
     const float root_lost = __fmaf_rn(sum, inverse, -root);
     const float rest = __fmaf_rn(-root, inverse, 1.0f) - (root_lost + sum_lost * inverse) * inverse;
-    const float correction = finite_or_zero(0.5f * inverse * rest);
+    const float correction = 0.5f * inverse * rest;
     const float product = __fmul_rn(weight, inverse);
     const float product_lost = __fmaf_rn(weight, inverse, -product);
-    inv_std = inverse + correction;
+    inv_std = inverse + finite_or_zero(correction);
     scale = product + finite_or_zero(product_lost + weight * correction);
   }
 
@@ -48,10 +48,10 @@ __device__ inline Channel find_channel(const BackwardParams& p, int64_t channel,
 
 // Computed; saved for the backward as well if `save`.
 __device__ inline Channel find_channel(const ForwardParams& p, int64_t channel, bool save) {
-  const Scale scale(
-      load_channel(p.var, channel, 1.0f), p.eps, load_channel(p.weight, channel, 1.0f));
-  const Channel found{
-      load_channel(p.mean, channel, 0.0f), scale.scale, load_channel(p.bias, channel, 0.0f)};
+  const float weight = p.weight.data ? load_channel(p.weight, channel) : 1.0f;
+  const float bias = p.bias.data ? load_channel(p.bias, channel) : 0.0f;
+  const Scale scale(load_channel(p.var, channel), p.eps, weight);
+  const Channel found{load_channel(p.mean, channel), scale.scale, bias};
   if (save && p.coefficients) {
     float* row = p.coefficients + channel;
     row[0] = found.mean;
@@ -83,14 +83,6 @@ struct TwoChannels {
   }
 };
 
-// One for each lane.
-struct EightChannels {
-  float mean[kPackSize], scale[kPackSize], bias[kPackSize];
-  __device__ Channel operator()(int lane) const {
-    return {mean[lane], scale[lane], bias[lane]};
-  }
-};
-
 // The channels of a tile's runs.
 struct PlanarTable {
   Channel channels[kMaxTileRuns];
@@ -99,9 +91,9 @@ struct PlanarTable {
   template <class Params>
   __device__ void fill(const Params& p, const Tile& tile) {
     for (uint32_t run = threadIdx.x; run < tile.runs; run += kThreads) {
-      const int64_t sample = tile.sample_of(p.index, run);
-      const int64_t channel = tile.first_run + run - sample * p.index.channels;
-      channels[run] = find_channel(p, channel, sample == 0 && (run > 0 || tile.starts_run));
+      const RunPlace place = tile.place_of(p.index, run);
+      const bool begins = run > 0 || tile.starts_run;
+      channels[run] = find_channel(p, place.channel, place.sample == 0 && begins);
     }
     __syncthreads();
   }
@@ -131,14 +123,21 @@ struct PeriodicTable {
     }
     __syncthreads();
   }
+};
 
-  __device__ EightChannels of_thread() const {
+// The channels of a thread's 8 lanes.
+struct EightChannels {
+  float mean[kPackSize], scale[kPackSize], bias[kPackSize];
+
+  __device__ explicit EightChannels(const PeriodicTable& table) {
     const uint32_t i = threadIdx.x * kPackSize;
-    EightChannels channels;
-    read(channels.mean, mean + i);
-    read(channels.scale, scale + i);
-    read(channels.bias, bias + i);
-    return channels;
+    read(mean, table.mean + i);
+    read(scale, table.scale + i);
+    read(bias, table.bias + i);
+  }
+
+  __device__ Channel operator()(int lane) const {
+    return {mean[lane], scale[lane], bias[lane]};
   }
 
   static __device__ void read(float (&to)[kPackSize], const float* from) {
@@ -150,6 +149,22 @@ struct PeriodicTable {
       to[k + 2] = four.z;
       to[k + 3] = four.w;
     }
+  }
+};
+
+// The same, read whenever they are needed: volatile, or the compiler would keep them after all.
+struct SharedChannels {
+  const PeriodicTable& table;
+
+  __device__ explicit SharedChannels(const PeriodicTable& table) : table(table) {}
+
+  __device__ Channel operator()(int lane) const {
+    const uint32_t i = threadIdx.x * kPackSize + lane;
+    return {read(table.mean[i]), read(table.scale[i]), read(table.bias[i])};
+  }
+
+  static __device__ float read(const volatile float& value) {
+    return value;
   }
 };
 

@@ -29,7 +29,8 @@ __device__ void forward_pack(
     const Channel c = channels(k);
     const float z = normalize(x.lane[k], c.mean, c.scale, c.bias) + residual.lane[k];
     y.lane[k] = activate<kAct>(z, p.negative_slope);
-    if constexpr (needs_mask(kAct)) bits |= blocked<kAct>(z) ? 1u << k : 0u;
+    // Written so that the compiler keeps to one comparison for activation and mask.
+    if constexpr (needs_mask(kAct)) bits |= (0u - uint32_t{blocked<kAct>(z)}) & 1u << k;
   }
   store<T>(p.output, at, y);
   if constexpr (needs_mask(kAct)) {
@@ -56,8 +57,8 @@ template <class T, Activation kAct>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_forward_periodic_kernel(const __grid_constant__ ForwardParams p) {
   __shared__ PeriodicTable table;
-  constexpr bool kReload = needs_input(kAct);  // smooth: registers are scarce
-  traverse_periodic<ForwardInputs<T>, kReload ? 1 : kForwardInFlight<T>, kReload>(
+  constexpr bool kInShared = needs_input(kAct);  // smooth: registers are scarce
+  traverse_periodic<ForwardInputs<T>, kInShared ? 1 : kForwardInFlight<T>, kInShared>(
       p, table, Column(p.index),
       [&](auto at, const ForwardInputs<T>& inputs, const auto& channels) {
         forward_pack<T, kAct>(p, at, inputs, channels);

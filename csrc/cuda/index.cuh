@@ -10,13 +10,17 @@ __device__ inline uint32_t divide(uint32_t x, const FastDivisor& by) {
   return (__umulhi(x, by.multiplier) + x) >> by.shift;
 }
 
+struct RunPlace {
+  int64_t sample, channel;
+};
+
 // Planar: one block's tile of the storage. Its runs (one channel of one sample each) are numbered
 // from 0; all arithmetic within the tile is 32-bit, whatever the size of the tensor.
 struct Tile {
   int64_t start;      // element
   int64_t first_run;  // number in the tensor
   uint32_t size;      // elements
-  uint32_t skipped;   // elements of the first run before the tile, as far as they matter within it
+  uint32_t skipped;   // elements of the first run before the tile, as far as they matter in it
   uint32_t runs;
   bool starts_run;  // the first run begins with the tile
 
@@ -26,23 +30,14 @@ struct Tile {
     } else {
       first_run = divide(static_cast<uint32_t>(start), index.by_inner);
     }
-    starts_run = first_run * index.inner == start;
-    const int64_t left = (first_run + 1) * index.inner - start;
-    skipped = index.tile_inner -
-              (left < index.tile_inner ? static_cast<uint32_t>(left) : index.tile_inner);
+    const int64_t before = start - first_run * index.inner;  // elements of the first run
+    starts_run = before == 0;
+    // As if the run were no longer than a tile: before - (inner - tile_inner), or 0.
+    const int64_t relevant = before - index.inner + index.tile_inner;
+    skipped = relevant > 0 ? static_cast<uint32_t>(relevant) : 0;
     const int64_t rest = index.numel - start;
     size = rest < kTileSize ? static_cast<uint32_t>(rest) : kTileSize;
-    runs = run_of(index, size - 1) + 1;
-  }
-
-  // The run of the element at `offset` in the tile.
-  __device__ uint32_t run_of(const Index& index, uint32_t offset) const {
-    return divide(offset + skipped, index.by_tile_inner);
-  }
-
-  // How many elements of its run there are from `offset` on.
-  __device__ uint32_t left_in_run(const Index& index, uint32_t offset, uint32_t run) const {
-    return (run + 1) * index.tile_inner - skipped - offset;
+    runs = divide(size - 1 + skipped, index.by_tile_inner) + 1;
   }
 
   // Of each thread's packs, neighbours in memory are neighbours in the warp.
@@ -50,14 +45,14 @@ struct Tile {
     return (k * kThreads + threadIdx.x) * kPackSize;
   }
 
-  __device__ int64_t sample_of(const Index& index, uint32_t run) const {
-    const int64_t number = first_run + run;
-    return index.wide ? number / index.channels
-                      : divide(static_cast<uint32_t>(number), index.by_channels);
-  }
-
-  __device__ int64_t channel_of(const Index& index, uint32_t run) const {
-    return first_run + run - sample_of(index, run) * index.channels;
+  __device__ RunPlace place_of(const Index& index, uint32_t run) const {
+    if (index.wide) {
+      const int64_t number = first_run + run, sample = number / index.channels;
+      return {sample, number - sample * index.channels};
+    }
+    const uint32_t number = static_cast<uint32_t>(first_run) + run;
+    const uint32_t sample = divide(number, index.by_channels);
+    return {sample, number - sample * index.by_channels.divisor};
   }
 };
 

@@ -108,18 +108,19 @@ __device__ RawPack<T> pack(const Floats& x) {
 // Where a pack starts, and how it may be accessed: 16 bytes at a time...
 struct WholePack {
   int64_t element;
+  static constexpr uint32_t count = kPackSize;
 };
 
 // ... or as whatever it is: perhaps less than 8 elements (or none), perhaps not aligned.
 struct AnyPack {
   int64_t element;
-  int count;
+  uint32_t count;
   bool vector_access;
 
   // `left` elements are left there.
   __device__ AnyPack(int64_t element, int64_t left, bool aligned)
       : element(element),
-        count(left >= kPackSize ? kPackSize : (left > 0 ? static_cast<int>(left) : 0)),
+        count(left >= kPackSize ? kPackSize : (left > 0 ? static_cast<uint32_t>(left) : 0)),
         vector_access(aligned && count == kPackSize) {}
 };
 
@@ -195,15 +196,13 @@ __device__ void store(void* tensor, AnyPack at, const Floats& x) {
   }
 }
 
-__device__ inline float load_channel(const ChannelVector& vector, int64_t channel, float missing) {
-  if (!vector.data) return missing;
+__device__ inline float load_channel(const ChannelVector& vector, int64_t channel) {
+  if (vector.dtype == Dtype::kFloat) return static_cast<const float*>(vector.data)[channel];
   switch (vector.dtype) {
     case Dtype::kHalf: return __half2float(static_cast<const __half*>(vector.data)[channel]);
     case Dtype::kBFloat16:
       return __bfloat162float(static_cast<const __nv_bfloat16*>(vector.data)[channel]);
-    case Dtype::kDouble:
-      return static_cast<float>(static_cast<const double*>(vector.data)[channel]);
-    default: return static_cast<const float*>(vector.data)[channel];
+    default: return static_cast<float>(static_cast<const double*>(vector.data)[channel]);
   }
 }
 

@@ -8,6 +8,14 @@
 
 namespace frozen_bn::cuda {
 
+// Blocks that fit a multiprocessor at the same time, at least: half of its threads.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+constexpr int kResidentBlocks = 3;
+#else
+constexpr int kResidentBlocks = 4;
+#endif
+
 // x / divisor for x < 2^31 by multiplication (Granlund & Montgomery, "Division by Invariant
 // Integers using Multiplication", 1994).
 struct FastDivisor {

@@ -11,7 +11,7 @@ namespace {
 template <class Inputs, int kInFlight, class Params, class At, class Body>
 __device__ void traverse_tile(
     const Params& p, PlanarTable& table, const Tile& tile, At at, Body body) {
-#pragma unroll
+#pragma unroll 1
   for (int first = 0; first < kPacksPerThread; first += kInFlight) {
     Inputs inputs[kInFlight];
 #pragma unroll
@@ -19,16 +19,16 @@ __device__ void traverse_tile(
     if (first == 0) table.fill(p, tile);
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const uint32_t offset = Tile::pack_offset(first + k);
-      if (offset >= tile.size) continue;
-      const uint32_t run = tile.run_of(p.index, offset);
-      const uint32_t left = tile.left_in_run(p.index, offset, run);
-      const Channel& channel = table.channels[run];
-      if (left >= kPackSize) {
-        body(at(first + k), inputs[k], OneChannel{channel});
+      const auto here = at(first + k);
+      if (here.count == 0) continue;
+      const uint32_t place = Tile::pack_offset(first + k) + tile.skipped;
+      const uint32_t run = divide(place, p.index.by_tile_inner);
+      const uint32_t left = (run + 1) * p.index.tile_inner - place;  // elements of the run
+      const Channel* channel = table.channels + run;
+      if (left >= here.count) {
+        body(here, inputs[k], OneChannel{channel[0]});
       } else {
-        const Channel& next = table.channels[run + 1 < tile.runs ? run + 1 : run];
-        body(at(first + k), inputs[k], TwoChannels{channel, next, left});
+        body(here, inputs[k], TwoChannels{channel[0], channel[1], left});
       }
     }
   }
@@ -48,21 +48,13 @@ __device__ void traverse_planar(const Params& p, PlanarTable& table, const Tile&
   }
 }
 
-// The thread's channels stay in registers, or where the body needs those itself (`kReload`), come
-// from shared memory for every pack.
-template <class Inputs, int kInFlight, bool kReload, class Params, class Body>
+// The thread's channels stay in registers, or in shared memory where the body needs those itself.
+template <class Inputs, int kInFlight, bool kInShared, class Params, class Body>
 __device__ void traverse_periodic(
     const Params& p, PeriodicTable& table, const Column& column, Body body) {
   table.fill(p);
   if (!column.exists) return;
-  EightChannels channels = table.of_thread();
-  const auto one = [&](auto at, const Inputs& inputs) {
-    if constexpr (kReload) {
-      asm volatile("" ::: "memory");  // else the compiler would keep them after all
-      channels = table.of_thread();
-    }
-    body(at, inputs, channels);
-  };
+  const std::conditional_t<kInShared, SharedChannels, EightChannels> channels(table);
   int64_t i = column.first;
   if (p.vector_access) {
     const int64_t reach = (kInFlight - 1) * column.step + kPackSize;
@@ -71,12 +63,18 @@ __device__ void traverse_periodic(
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) inputs[k] = Inputs(p, WholePack{i + k * column.step});
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) one(WholePack{i + k * column.step}, inputs[k]);
+      for (int k = 0; k < kInFlight; ++k) body(WholePack{i + k * column.step}, inputs[k], channels);
+    }
+    if constexpr (kInFlight > 1) {
+      for (; i + kPackSize <= p.index.numel; i += column.step) {
+        const WholePack at{i};
+        body(at, Inputs(p, at), channels);
+      }
     }
   }
   for (; i < p.index.numel; i += column.step) {
     const AnyPack at(i, p.index.numel - i, p.vector_access);
-    one(at, Inputs(p, at));
+    body(at, Inputs(p, at), channels);
   }
 }
 

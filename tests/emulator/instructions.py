@@ -24,6 +24,10 @@ Source = Callable[["Lanes"], Value]
 
 #: These end a basic block; the machine itself carries them out.
 CONTROL = frozenset({"bra", "ret", "exit", "bar", "barrier"})
+_CONTROL_FORMS = {("bra",), ("bra", "uni"), ("ret",), ("ret", "uni"), ("exit",)}
+_BARRIERS = {("bar", "sync"), ("barrier", "sync"), ("barrier", "sync", "aligned")}
+
+_SPECIAL = re.compile(r"%laneid|%n?(tid|ctaid)\.[xyz]")
 
 
 class _Compiler:
@@ -55,7 +59,7 @@ class _Compiler:
         dtype = DTYPES[kind]
         if text in self.kernel.registers:
             return _register_source(text, dtype)
-        if text.startswith("%"):
+        if _SPECIAL.fullmatch(text):
             return lambda lanes: lanes.special(text).astype(dtype)
         symbols = self.kernel.parameters | self.kernel.shared
         constant = dtype.type(symbols[text][0]) if text in symbols else _immediate(text, dtype)
@@ -71,9 +75,11 @@ class _Compiler:
         if text not in self.kernel.registers:
             raise self.refuse()
         dtype = DTYPES[self.kernel.registers[text]]
-        unsigned = dtype if dtype == bool else values.UNSIGNED[dtype.itemsize]
+        unsigned = dtype if dtype.kind == "b" else values.UNSIGNED[dtype.itemsize]
 
         def write(lanes: Lanes, value: Value) -> None:
+            if value.dtype.kind == "f":
+                value = values.bits_of(value)
             if value.dtype.itemsize != unsigned.itemsize:
                 value = value.astype(unsigned)
             lanes.set(text, values.bits_of(value))
@@ -150,6 +156,7 @@ class _Compiler:
         return [name.strip() for name in text.strip("{}").split(",")]
 
     def op_ld(self) -> Step:
+        self.take("volatile")  # here, all accesses are
         space = self.take("param", "global", "shared")
         if space == "global":
             self.take("nc")
@@ -238,6 +245,8 @@ class _Compiler:
         if part is None:
             return self._arithmetic(lambda a, b: a * b)
         kind = self.type()
+        if not is_integer(kind):
+            raise self.refuse()
         if part == "lo":
             return self.compute(lambda a, b: a * b, kind)
         return self._wide_product(part, kind, self.operands[1:3])
@@ -362,7 +371,8 @@ class _Compiler:
     def op_setp(self) -> Step:
         comparison = self.take(*values.COMPARISONS)
         kind = self.type()
-        if comparison is None or "|" in self.operands[0] or len(self.operands) != 3:
+        two_results_or_combined = "|" in self.operands[0] or len(self.operands) != 3
+        if not comparison or not values.compares(kind, comparison) or two_results_or_combined:
             raise self.refuse()
         return self.compute(lambda a, b: np.asarray(values.compare(comparison, a, b))[()], kind)
 
@@ -441,7 +451,7 @@ class _Compiler:
 
 
 def _register_source(name: str, dtype: np.dtype) -> Source:
-    if dtype == bool:
+    if dtype.kind == "b":
         return lambda lanes: lanes.get(name)
 
     def source(lanes: Lanes) -> Value:
@@ -455,16 +465,21 @@ def _register_source(name: str, dtype: np.dtype) -> Source:
 
 def _immediate(text: str, dtype: np.dtype) -> Value | None:
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
-        return np.uint32(int(match[1], 16)).view(np.float32).astype(dtype)
+        return _bits(np.uint32(int(match[1], 16)), dtype)
     if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
-        return np.uint64(int(match[1], 16)).view(np.float64).astype(dtype)
+        return _bits(np.uint64(int(match[1], 16)), dtype)
     if not re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         return None
     number = int(text.rstrip("U"), 0)
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.bool_(number)
     unsigned = values.UNSIGNED[dtype.itemsize]
     return unsigned.type(number % (1 << 8 * dtype.itemsize)).view(dtype)
+
+
+def _bits(literal: Value, dtype: np.dtype) -> Value | None:
+    """A float literal as a value of its own width: ``mov.b32`` takes it as bits."""
+    return literal.view(dtype) if literal.itemsize == dtype.itemsize else None
 
 
 def _conversion(
@@ -486,6 +501,8 @@ def _conversion(
     if is_float(origin) and is_integer(to):
         rounded = {"rzi": np.trunc, "rni": np.rint}.get(rounding or "")
         return None if rounded is None else lambda x: _to_integer(rounded(x), dtype)
+    if (to, origin, rounding) == ("f16", "f32", "rn"):
+        return values.to_float16
     widens = is_float(origin) and is_float(to) and dtype.itemsize > DTYPES[origin].itemsize
     needs_rounding = is_float(to) and not widens
     if (rounding == "rn") != needs_rounding or rounding not in (None, "rn"):
@@ -500,6 +517,18 @@ def _to_integer(x: Value, dtype: np.dtype) -> Value:
     return np.where(x >= info.max, info.max, np.where(x <= info.min, info.min, inside)).astype(
         dtype
     )
+
+
+def check_control(instruction: Instruction, kernel: Kernel) -> None:
+    """Accepts branches, returns, and barriers of the whole block.
+
+    Raises:
+        PtxError: it is another kind of them.
+    """
+    opcode = instruction.opcode
+    whole_block = instruction.operands == ("0",) and instruction.guard is None
+    if opcode not in _CONTROL_FORMS and not (opcode in _BARRIERS and whole_block):
+        raise _Compiler(instruction, kernel).refuse()
 
 
 def compile_instruction(instruction: Instruction, kernel: Kernel) -> Step:

@@ -1,7 +1,7 @@
 """Runs a kernel: all threads of many blocks in step, a register being one array.
 
 The threads that stand at the lowest instruction go on first, so that branches meet again. With a
-``seed``, a random half of the warps goes on at each step instead: results must not depend on it.
+``seed``, random warps run ahead of the others for a while: results must not depend on it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from .instructions import CONTROL, Step, compile_instruction
+from .instructions import CONTROL, Step, check_control, compile_instruction
 from .memory import Accessors, AddressSpace, MemoryFault, SharedMemory
 from .ptx import Instruction, Kernel
 from .values import Value
@@ -31,25 +31,43 @@ class EmulationError(RuntimeError):
     """A kernel did what it must not; says where."""
 
 
+#: Registers that are read by an instruction of their own.
+SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid")
+
+
 @dataclass
 class Counters:
     """What one launch did.
 
-    ``instructions`` are PTX instructions summed over threads. ``accesses`` counts the threads that
-    accessed global memory, by (region, "load" or "store", bytes a thread). ``requested`` counts the
-    32-byte sectors that warp-wide accesses touch, one access at a time; ``sectors`` counts a sector
-    once a warp and launch, as an L1 cache line serves neighbouring accesses.
+    ``instructions`` are PTX instructions summed over threads; ``issued`` leaves out those that
+    stand for no machine instruction (:func:`costs_nothing`). ``accesses`` counts the threads that
+    accessed global memory, by (region, "load", "store" or "atomic", bytes a thread). ``requested``
+    counts the 32-byte sectors that warp-wide accesses touch, one access at a time; ``sectors``
+    counts a sector once a warp and launch, as an L1 cache line serves neighbouring accesses.
     """
 
     kernel: str = ""
     threads: int = 0
     instructions: int = 0
-    branches: int = 0  # of warps
+    issued: int = 0
+    branches: int = 0  # of warps, where they can go either way
     divergent_branches: int = 0
     barriers: int = 0  # of blocks
     accesses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     requested: Counter[tuple[str, str]] = field(default_factory=Counter)
     sectors: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+def costs_nothing(instruction: Instruction) -> bool:
+    """Whether the machine code has nothing for it: parameters are operands in constant memory,
+    global addresses are generic ones, and moves are a matter of allocating registers."""
+    name = instruction.opcode[0]
+    special = instruction.operands and instruction.operands[-1].startswith(SPECIAL)
+    return (
+        name == "cvta"
+        or instruction.opcode[:2] == ("ld", "param")
+        or (name == "mov" and not special)
+    )
 
 
 @dataclass
@@ -59,6 +77,10 @@ class Block:
     steps: list[tuple[Instruction, Step]]
     end: Instruction | None
     target: int  # where a taken branch goes
+
+    def __post_init__(self) -> None:
+        paid = [not costs_nothing(instruction) for instruction, _ in self.steps]
+        self.issued = sum(paid) + (self.end is not None)
 
 
 class Program:
@@ -83,6 +105,7 @@ class Program:
         last, target = None, -1
         if code[-1].opcode[0] in CONTROL:
             last = code.pop()
+            check_control(last, self.kernel)
             if last.opcode[0] == "bra":
                 target = number[self.kernel.labels[last.operands[-1]]]
         return Block([(i, compile_instruction(i, self.kernel)) for i in code], last, target)
@@ -142,12 +165,8 @@ class Lanes:
         if name == "%laneid":
             return (self.thread_in_block % WARP).astype(np.uint32)
         register, _, axis = name.partition(".")
-        sizes = {"%tid": self.launch.block, "%ctaid": self.launch.grid}
-        sizes |= {"%ntid": self.launch.block, "%nctaid": self.launch.grid}
-        if register not in sizes or axis not in ("x", "y", "z"):
-            raise EmulationError(f"the special register {name} is not emulated")
         k = "xyz".index(axis)
-        size = sizes[register]
+        size = self.launch.grid if register.endswith("ctaid") else self.launch.block
         if register.startswith("%n"):
             return np.uint32(size[k])
         linear = self.thread_in_block if register == "%tid" else self.block
@@ -221,53 +240,44 @@ class Lanes:
             self.launch.observe(self, "store", addresses, width)
 
     def atomic(self, space: str, operation: str, address: Value, value: Value) -> Value:
-        """The values before. Lanes go one after the other; no race is looked for."""
-        dtype = value.dtype
-        memory, addresses = self._place(space, address, dtype.itemsize)
-        operands = np.broadcast_to(value, addresses.shape)
-        before = np.empty(addresses.shape, dtype)
+        """The values before."""
         combine = {
             "exch": lambda old, new: new,
             "add": np.add,
             "min": np.minimum,
             "max": np.maximum,
-        }
-        combine |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-        for region, lanes in memory.split(addresses, dtype.itemsize):
-            mine = np.arange(addresses.size) if lanes is None else lanes
-            region.check_range(addresses[mine], dtype.itemsize)
-            elements = region.data.view(dtype)
-            indices = ((addresses[mine] - region.base) // dtype.itemsize).astype(np.int64)
-            units, _ = region.units(indices * dtype.itemsize, dtype.itemsize)
-            if not region.initialised[units].all():
-                raise MemoryFault(
-                    f"atomic on uninitialised {region.name}", int(mine[0]), int(addresses[mine[0]])
-                )
-            for lane, index in zip(mine, indices, strict=True):
-                before[lane] = elements[index]
-                elements[index] = combine[operation](elements[index], operands[lane])
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+            "xor": np.bitwise_xor,
+        }[operation]
+        memory, addresses = self._place(space, address, value.dtype.itemsize)
+        operands = np.broadcast_to(value, addresses.shape)
+        before = memory.atomic(addresses, operands, combine, self.accessors())
+        if space == "global":
+            self.launch.observe(self, "atomic", addresses, value.dtype.itemsize)
         return before
 
     # Warps
 
-    def _members(self, source: NDArray, members: Value) -> None:
-        """Every lane that the mask names has to be here."""
-        active = np.zeros(self.count, bool)
-        active[self.pick(np.arange(self.count))] = True
-        mask = np.broadcast_to(members, source.shape)
-        lane_in_warp = self.thread_in_block % WARP
-        bits = np.zeros(int(self.warp[-1] - self.warp[0]) + 1, np.uint64)
-        here = np.flatnonzero(active)
-        np.bitwise_or.at(
-            bits,
-            self.warp[here] - self.warp[0],
-            np.uint64(1) << lane_in_warp[here].astype(np.uint64),
-        )
-        present = bits[self.pick(self.warp) - self.warp[0]]
-        missing = (mask.astype(np.uint64) & ~present) != 0
+    def _members(self, active: NDArray[np.int64], members: Value) -> NDArray[np.uint32]:
+        """The mask of each lane. Every lane that it names has to be here, and so has its own."""
+        lane = (self.thread_in_block[active] % WARP).astype(np.uint32)
+        mask = np.broadcast_to(members, active.shape)
+        bit = np.uint32(1) << lane
+        missing = (mask & ~self._ballot(active, bit)) != 0
         if missing.any():
-            lane = int(missing.argmax())
-            raise MemoryFault("a warp operation names lanes that are not there", lane, 0)
+            raise MemoryFault("a warp operation names lanes that are not there", missing.argmax())
+        unnamed = (mask & bit) == 0
+        if unnamed.any():
+            raise MemoryFault("a warp operation does not name its own lane", unnamed.argmax())
+        return mask
+
+    def _ballot(self, active: NDArray[np.int64], bit: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """The bits of all active lanes of the warp together, for each of them."""
+        warp = self.warp[active] - self.warp[0]
+        ballot = np.zeros(int(warp.max()) + 1, np.uint32)
+        np.bitwise_or.at(ballot, warp, bit)
+        return ballot[warp]
 
     def shuffle(
         self, mode: str, value: Value, by: Value, clamp: Value, members: Value
@@ -275,7 +285,7 @@ class Lanes:
         """``shfl.sync``: the other lane's value, and whether that lane was in range."""
         active = self.pick(np.arange(self.count))
         lane = self.thread_in_block[active] % WARP
-        self._members(active, members)
+        mask = self._members(active, members)
         by, clamp = (np.broadcast_to(v, active.shape).astype(np.int64) for v in (by, clamp))
         by = by & 31
         segment = (clamp >> 8) & 31
@@ -288,6 +298,9 @@ class Lanes:
         }[mode]
         inside = origin >= highest if mode == "up" else origin <= highest
         origin = np.where(inside, origin, lane)
+        absent = (mask >> origin.astype(np.uint32)) & 1 == 0
+        if absent.any():
+            raise MemoryFault("a shuffle reads from a lane that it does not name", absent.argmax())
         everyone = np.zeros(self.count, value.dtype)
         everyone[active] = value
         return everyone[active - lane + origin], inside
@@ -295,17 +308,14 @@ class Lanes:
     def vote(self, mode: str, vote: Value, members: Value) -> Value:
         """``vote.sync``"""
         active = self.pick(np.arange(self.count))
-        self._members(active, members)
-        votes = np.broadcast_to(vote, active.shape)
-        warp = self.warp[active] - self.warp[0]
+        mask = self._members(active, members)
+        votes = np.broadcast_to(vote, active.shape).astype(np.uint32)
         lane = (self.thread_in_block[active] % WARP).astype(np.uint32)
-        ballot = np.zeros(int(warp.max()) + 1, np.uint32)
-        np.bitwise_or.at(ballot, warp, votes.astype(np.uint32) << lane)
+        ballot = self._ballot(active, votes << lane) & mask
         if mode == "ballot":
-            return ballot[warp]
-        yes = np.bincount(warp, votes)[warp]
-        total = np.bincount(warp)[warp]
-        return {"any": yes > 0, "all": yes == total, "uni": (yes == 0) | (yes == total)}[mode]
+            return ballot
+        some, every = ballot != 0, ballot == mask
+        return {"any": some, "all": every, "uni": every | ~some}[mode]
 
 
 class Launch:
@@ -321,12 +331,14 @@ class Launch:
         *,
         seed: int | None = None,
         count_sectors: bool = False,
+        max_steps: int = 1_000_000,
     ) -> None:
         self.program, self.kernel = program, program.kernel
         self.grid, self.block, self.parameters, self.memory = grid, block, parameters, memory
         self.threads_per_block = int(np.prod(block))
         self.counters = Counters(self.kernel.name, int(np.prod(grid)) * self.threads_per_block)
-        self._random = None if seed is None else np.random.default_rng(seed)
+        self.random = None if seed is None else np.random.default_rng(seed)
+        self.max_steps = max_steps
         self._count_sectors = count_sectors
         self._touched: dict[tuple[str, str], list[NDArray]] = {}
 
@@ -375,35 +387,52 @@ class _Run:
         self.position = np.zeros(lanes.count, np.int32)  # basic block of each lane
         self.waiting = np.zeros(lanes.count, bool)  # at a barrier
         self.together: int | None = 0  # where all lanes are, if all are at one place
+        self._ahead = np.zeros(lanes.count, bool)  # in random order: those that go on now
+        self._steps = 0
 
     def run(self) -> None:
         exit = self.launch.program.exit
         while True:
-            if self.together is not None and self.launch._random is None:
+            if self.together is not None and self.launch.random is None:
                 if self.together == exit:
                     return
+                self._check_progress(self.together, 0)
                 self._step(self.together, None)
                 continue
             left = self.position < exit
             if not left.any():
                 return
-            ready = left & ~self.waiting
-            if not ready.any():
-                raise EmulationError(
-                    f"{self.launch.short_name}: threads wait at a barrier that others never reach"
-                )
-            ready = self._choose(ready)
+            ready = self._choose(left & ~self.waiting)
             number = int(self.position[ready].min())
             active = np.flatnonzero(ready & (self.position == number))
+            self._check_progress(number, int(active[0]))
             self._step(number, None if active.size == self.lanes.count else active)
 
     def _choose(self, ready: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        random = self.launch._random
+        """All, or in random order those of a few warps: these go on, to the next barrier or the end
+        if it comes to that, before others are chosen."""
+        random = self.launch.random
         if random is None:
             return ready
-        warp = self.lanes.warp - self.lanes.warp[0]
-        chosen = ready & (random.random(int(warp[-1]) + 1) < 0.5)[warp]
-        return chosen if chosen.any() else ready
+        chosen = ready & self._ahead
+        while not chosen.any() or random.random() < 1 / 16:
+            warp = self.lanes.warp - self.lanes.warp[0]
+            self._ahead = (random.random(int(warp[-1]) + 1) < random.random())[warp]
+            chosen = ready & self._ahead
+        return chosen
+
+    def _check_progress(self, number: int, lane: int) -> None:
+        """Finds a loop without an end, be it that others wait at a barrier or behind it."""
+        self._steps += 1
+        if self._steps <= self.launch.max_steps:
+            return
+        what = f"no end after {self.launch.max_steps} basic blocks"
+        if self.waiting.any():
+            what += ", and threads wait at a barrier that others never reach"
+        block = self.launch.program.blocks[number]
+        instruction = block.steps[0][0] if block.steps else block.end
+        assert instruction is not None
+        raise self._located(instruction, lane, what)
 
     def _step(self, number: int, active: NDArray[np.int64] | None) -> None:
         block = self.launch.program.blocks[number]
@@ -411,16 +440,19 @@ class _Run:
         lanes.active = active
         size = lanes.count if active is None else active.size
         counters.instructions += size * (len(block.steps) + (block.end is not None))
+        counters.issued += size * block.issued
         for instruction, step in block.steps:
             try:
                 step(lanes)
             except MemoryFault as fault:
-                raise self._located(instruction, fault) from None
+                lane = int(lanes.pick(np.arange(lanes.count))[fault.lane])
+                raise self._located(instruction, lane, fault.what, fault.address) from None
             except (EmulationError, ZeroDivisionError) as error:
                 place = f"{self.launch.short_name}, {instruction.source}"
                 raise EmulationError(f"{error} ({place}, {instruction.text!r})") from None
         if block.end is None:
             self._move(active, number + 1)
+            self._release()  # it may have been the end
         elif block.end.opcode[0] == "bra":
             self._branch(block, number, active)
         elif block.end.opcode[0] in ("ret", "exit"):
@@ -428,13 +460,15 @@ class _Run:
         else:
             self._wait(number, active)
 
-    def _located(self, instruction: Instruction, fault: MemoryFault) -> EmulationError:
-        lane = self.lanes.pick(np.arange(self.lanes.count))[fault.lane]
-        return EmulationError(
-            f"{fault.what}: {self.launch.short_name}, {instruction.source}, "
-            f"block {self.lanes.block[lane]}, thread {self.lanes.thread_in_block[lane]}, "
-            f"address {fault.address:#x}, {instruction.text!r}"
-        )
+    def _located(
+        self, instruction: Instruction, lane: int, what: str, address: int | None = None
+    ) -> EmulationError:
+        place = f"{self.launch.short_name}, {instruction.source}"
+        place += f", block {self.lanes.block[lane]}, thread {self.lanes.thread_in_block[lane]}"
+        if address is not None:
+            shared = "shared" in instruction.opcode
+            place += f", address {address % self.lanes.shared.stride if shared else address:#x}"
+        return EmulationError(f"{what}: {place}, {instruction.text!r}")
 
     def _move(self, active: NDArray | None, to: int) -> None:
         if active is None:
@@ -454,10 +488,10 @@ class _Run:
     def _branch(self, block: Block, number: int, active: NDArray | None) -> None:
         assert block.end is not None
         taken = self._guard(block.end)
-        if taken.ndim > 0:
+        if block.end.guard is not None:
             self._count_divergence(taken)
-            if taken.all() or not taken.any():
-                taken = taken[0]
+        if taken.ndim > 0 and (taken.all() or not taken.any()):
+            taken = taken[0]
         if taken.ndim == 0:
             self._move(active, block.target if taken else number + 1)
             return
@@ -465,9 +499,9 @@ class _Run:
         self.together = None
         self.position[everyone] = np.where(taken, block.target, number + 1)
 
-    def _count_divergence(self, taken: NDArray[np.bool_]) -> None:
+    def _count_divergence(self, taken: Value) -> None:
         warp = self.lanes.pick(self.lanes.warp) - self.lanes.warp[0]
-        lanes, yes = np.bincount(warp), np.bincount(warp, taken)
+        lanes, yes = np.bincount(warp), np.bincount(warp, np.broadcast_to(taken, warp.shape))
         counters = self.launch.counters
         counters.branches += int((lanes > 0).sum())
         counters.divergent_branches += int(((yes > 0) & (yes < lanes)).sum())
@@ -500,8 +534,26 @@ class _Run:
         complete &= np.bincount(lanes.local_block[self.waiting], minlength=blocks) > 0
         if not complete.any():
             return
+        self._check_same_barrier(complete)
         lanes.epochs[complete] += 1
         self.launch.counters.barriers += int(complete.sum())
         self.waiting &= ~complete[lanes.local_block]
         if (self.position == self.position[0]).all() and not self.waiting.any():
             self.together = int(self.position[0])
+
+    def _check_same_barrier(self, complete: NDArray[np.bool_]) -> None:
+        """The hardware only counts arrivals, but a barrier is for the threads that reach it."""
+        waiting = np.flatnonzero(self.waiting & complete[self.lanes.local_block])
+        block = self.lanes.local_block[waiting]
+        first = np.searchsorted(block, block)  # the first of them in the same block
+        apart = self.position[waiting] != self.position[waiting[first]]
+        if apart.any():
+            lane = int(waiting[apart.argmax()])
+            barrier = self.launch.program.blocks[self.position[lane] - 1].end
+            assert barrier is not None
+            what = f"threads {self._thread(waiting[first[apart.argmax()]])} and "
+            what += f"{self._thread(lane)} wait at different barriers"
+            raise self._located(barrier, lane, what)
+
+    def _thread(self, lane: int) -> int:
+        return int(self.lanes.thread_in_block[lane])

@@ -2,104 +2,30 @@
 read, and not shared by two threads without a barrier between them.
 
 Global memory is real: the bytes of the tensors themselves. What happened to it in a launch is kept
-beside it, one entry a unit (the element size of the tensor), in an :class:`Access`.
+beside it, one entry a unit (the element size of the tensor).
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Addresses = NDArray[np.uint64]
+from .races import Accessors, RaceDetector
 
-_NOBODY, _SEVERAL_BLOCKS = 0, np.iinfo(np.int32).min
+Addresses = NDArray[np.uint64]
+Combine = Callable[[Any, Any], Any]
 
 
 class MemoryFault(Exception):
-    """A bad access: what is wrong, which of the accessing lanes, and at which address."""
+    """A bad access: what is wrong, which of the accessing lanes, and at which address if any."""
 
-    def __init__(self, what: str, lane: int, address: int) -> None:
+    def __init__(self, what: str, lane: int, address: int | None = None) -> None:
         super().__init__(what)
         self.what, self.lane, self.address = what, lane, address
-
-
-@dataclass
-class Accessors:
-    """Who accesses, a row for each lane: the number of its thread in the launch, of its block, and
-    the barriers that the block has passed."""
-
-    thread: NDArray[np.int64]
-    block: NDArray[np.int64]
-    epoch: NDArray[np.int32]
-
-    def expand(self, units: int) -> tuple[NDArray, NDArray, NDArray]:
-        return (
-            np.repeat(self.thread, units).astype(np.int32) + 1,
-            np.repeat(self.block, units).astype(np.int32) + 1,
-            np.repeat(self.epoch, units),
-        )
-
-
-class RaceDetector:
-    """Of each unit: the last thread that wrote it, who has read it, and the epochs of both.
-
-    A reader is a thread number, or minus a block number if several threads of that block have read,
-    or ``_SEVERAL_BLOCKS``. Two accesses are ordered if one thread made them, or one block with a
-    barrier in between.
-    """
-
-    def __init__(self, units: int, threads_per_block: int) -> None:
-        self._threads_per_block = threads_per_block
-        self._writer = np.full(units, _NOBODY, np.int32)
-        self._writer_epoch = np.zeros(units, np.int32)
-        self._reader = np.full(units, _NOBODY, np.int32)
-        self._reader_epoch = np.zeros(units, np.int32)
-        self._written = False
-
-    def _block_of(self, who: NDArray[np.int32]) -> NDArray[np.int32]:
-        return np.where(who > 0, (who - 1) // self._threads_per_block + 1, -who)
-
-    def _unordered(self, who, their_epoch, thread, block, epoch) -> NDArray[np.bool_]:
-        foreign = (who != _NOBODY) & (who != thread)
-        if not foreign.any():
-            return foreign
-        before_barrier = (self._block_of(who) == block) & (their_epoch < epoch)
-        return foreign & ~before_barrier
-
-    def read(self, units: NDArray, by: Accessors, width: int) -> NDArray[np.bool_] | None:
-        """Where a read races with an earlier write, or ``None`` if nowhere."""
-        thread, block, epoch = by.expand(width)
-        races = None
-        if self._written:
-            writer = self._writer[units]
-            races = self._unordered(writer, self._writer_epoch[units], thread, block, epoch)
-        before = self._reader[units]
-        alone = (before == _NOBODY) | (before == thread)
-        together = np.where(self._block_of(before) == block, -block, _SEVERAL_BLOCKS)
-        now = np.where(alone, thread, together)
-        self._reader[units] = now
-        clash = self._reader[units] != now  # several lanes of this very access
-        if clash.any():
-            self._reader[units[clash]] = -block[clash]
-            again = self._reader[units[clash]] != -block[clash]
-            self._reader[units[clash][again]] = _SEVERAL_BLOCKS
-        self._reader_epoch[units] = epoch
-        return races if races is not None and races.any() else None
-
-    def write(self, units: NDArray, by: Accessors, width: int) -> NDArray[np.bool_] | None:
-        """Where a write races with an earlier read or write, or with another lane's."""
-        thread, block, epoch = by.expand(width)
-        races = self._unordered(
-            self._writer[units], self._writer_epoch[units], thread, block, epoch
-        ) | self._unordered(self._reader[units], self._reader_epoch[units], thread, block, epoch)
-        self._writer[units] = thread
-        self._writer_epoch[units] = epoch
-        self._written = True
-        races |= self._writer[units] != thread
-        return races if races.any() else None
 
 
 def _view(address: int, size: int) -> NDArray[np.uint8]:
@@ -117,6 +43,7 @@ class Region:
         self.begin, self.end = begin, base + data.size
         self.data = data
         self.initialised = np.zeros(-(-data.size // unit), bool)
+        self._complete = False  # all of it is initialised
         self.writable = True
         self.races: RaceDetector | None = None
 
@@ -128,6 +55,8 @@ class Region:
         data = _view(base, -(-(address + size - base) // 16) * 16)
         region = cls(name, data, base, address, unit)
         region.end = address + size
+        region.initialised[: (address - base) // unit] = True
+        region.initialised[-(-(region.end - base) // unit) :] = True
         return region
 
     def units(self, offsets: NDArray, width: int) -> tuple[NDArray, int]:
@@ -139,7 +68,7 @@ class Region:
         return (first[:, None] + np.arange(count)).ravel(), count
 
     def check_range(self, addresses: Addresses, width: int) -> None:
-        outside = (addresses < self.begin) | (addresses + width > self.end)
+        outside = (addresses < self.begin) | (addresses > self.end - width)
         if outside.any():
             lane = int(outside.argmax())
             raise MemoryFault(
@@ -148,42 +77,65 @@ class Region:
                 int(addresses[lane]),
             )
 
+    def _check_initialised(self, addresses: Addresses, units: NDArray, per_lane: int) -> None:
+        known = self.initialised[units]
+        if not known.all():
+            lane = int((~known).argmax()) // per_lane
+            raise MemoryFault(f"read of uninitialised {self.name}", lane, int(addresses[lane]))
+
+    def _check_races(self, races: NDArray, addresses: Addresses, per_lane: int, what: str) -> None:
+        if races.any():
+            lane = int(races.argmax()) // per_lane
+            raise MemoryFault(f"race in {self.name}: {what}", lane, int(addresses[lane]))
+
+    def _check_writable(self, addresses: Addresses) -> None:
+        if not self.writable:
+            raise MemoryFault(f"write to {self.name}, an input", 0, int(addresses[0]))
+
     def load(self, addresses: Addresses, dtype: np.dtype, count: int, by: Accessors) -> NDArray:
         """[lanes, count] elements."""
-        width = dtype.itemsize * count
         offsets = (addresses - self.base).astype(np.int64)
-        if not self.initialised.all():
-            units, per_lane = self.units(offsets, width)
-            known = self.initialised[units]
-            if not known.all():
-                lane = int((~known).argmax()) // per_lane
-                raise MemoryFault(f"read of uninitialised {self.name}", lane, int(addresses[lane]))
-        if self.races:
-            units, per_lane = self.units(offsets, width)
-            races = self.races.read(units, by, per_lane)
-            if races is not None:
-                lane = int(races.argmax()) // per_lane
-                what = f"race in {self.name}: read of what another thread wrote"
-                raise MemoryFault(what, lane, int(addresses[lane]))
+        self._complete = self._complete or bool(self.initialised.all())
+        if self.races or not self._complete:
+            units, per_lane = self.units(offsets, dtype.itemsize * count)
+            self._check_initialised(addresses, units, per_lane)
+            if self.races:
+                races = self.races.read(units, by, per_lane)
+                what = "read of what another thread wrote"
+                self._check_races(races, addresses, per_lane, what)
         elements = self.data.view(dtype)
         return elements[(offsets // dtype.itemsize)[:, None] + np.arange(count)]
 
     def store(self, addresses: Addresses, values: NDArray, by: Accessors) -> None:
         """``values``: [lanes, count]"""
-        width = values.dtype.itemsize * values.shape[1]
-        if not self.writable:
-            raise MemoryFault(f"write to {self.name}, an input", 0, int(addresses[0]))
+        self._check_writable(addresses)
         offsets = (addresses - self.base).astype(np.int64)
-        units, per_lane = self.units(offsets, width)
+        units, per_lane = self.units(offsets, values.itemsize * values.shape[1])
         if self.races:
             races = self.races.write(units, by, per_lane)
-            if races is not None:
-                lane = int(races.argmax()) // per_lane
-                what = f"race in {self.name}: write of what another thread read or wrote"
-                raise MemoryFault(what, lane, int(addresses[lane]))
+            what = "write of what another thread read or wrote"
+            self._check_races(races, addresses, per_lane, what)
         self.initialised[units] = True
         elements = self.data.view(values.dtype)
         elements[(offsets // values.itemsize)[:, None] + np.arange(values.shape[1])] = values
+
+    def atomic(
+        self, addresses: Addresses, operands: NDArray, combine: Combine, by: Accessors
+    ) -> NDArray:
+        """The values before. Lanes go one after the other."""
+        self._check_writable(addresses)
+        offsets = (addresses - self.base).astype(np.int64)
+        units, per_lane = self.units(offsets, operands.itemsize)
+        self._check_initialised(addresses, units, per_lane)
+        if self.races:
+            races = self.races.atomic(units, by, per_lane)
+            what = "atomic on what another thread read or wrote"
+            self._check_races(races, addresses, per_lane, what)
+        elements, before = self.data.view(operands.dtype), np.empty_like(operands)
+        for lane, index in enumerate(offsets // operands.itemsize):
+            before[lane] = elements[index]
+            elements[index] = combine(elements[index], operands[lane])
+        return before
 
 
 def check_alignment(addresses: Addresses, width: int) -> None:
@@ -258,12 +210,26 @@ class AddressSpace:
                 region.check_range(addresses[lanes], width)
                 region.store(addresses[lanes], values[lanes], _some(by, lanes))
 
+    def atomic(
+        self, addresses: Addresses, operands: NDArray, combine: Combine, by: Accessors
+    ) -> NDArray:
+        """The values before."""
+        before = np.empty_like(operands)
+        for region, lanes in self.split(addresses, operands.itemsize):
+            mine = np.arange(addresses.size) if lanes is None else lanes
+            with _lanes_of(mine):
+                region.check_range(addresses[mine], operands.itemsize)
+                before[mine] = region.atomic(
+                    addresses[mine], operands[mine], combine, _some(by, mine)
+                )
+        return before
+
 
 def _some(by: Accessors, lanes: NDArray) -> Accessors:
     return Accessors(by.thread[lanes], by.block[lanes], by.epoch[lanes])
 
 
-class _lanes_of:  # noqa: N801  (reads as a statement)
+class _lanes_of:
     """Renumbers the lane of a fault that was found in a subset."""
 
     def __init__(self, lanes: NDArray) -> None:
@@ -279,8 +245,7 @@ class _lanes_of:  # noqa: N801  (reads as a statement)
 class SharedMemory(AddressSpace):
     """The shared variables of all blocks that run together, one copy a block.
 
-    An address is an offset into the block's own copy. Every variable is a region of its own, so that
-    running from one into the next is found.
+    An address is an offset into the block's own copy. Every access has to stay within one variable.
     """
 
     def __init__(
@@ -297,6 +262,8 @@ class SharedMemory(AddressSpace):
         self.regions, self._begins = [region], np.zeros(1, np.uint64)
 
     def check_variables(self, offsets: NDArray[np.int64], width: int) -> None:
+        if not self._variables:
+            raise MemoryFault("the kernel has no shared variables", 0, int(offsets[0]))
         number = np.searchsorted(self._starts, offsets, side="right") - 1
         for k in np.unique(number):
             offset, length, name = self._variables[k]

@@ -19,6 +19,10 @@ WIDTHS = {
 }
 
 
+#: Bytes between shared variables, so that running from one into the next is found.
+_GAP = 256
+
+
 class PtxError(ValueError):
     """PTX that this emulator does not understand."""
 
@@ -31,7 +35,7 @@ class Instruction:
     operands: tuple[str, ...]
     guard: str | None  # register name, or None
     guard_negated: bool
-    source: str  # "file:line" of the CUDA source, or ""
+    source: str  # "file:line" of the CUDA source, then " in file:line" if inlined there; or ""
     text: str
 
 
@@ -49,7 +53,7 @@ class Kernel:
 _TOKEN = re.compile(
     r"""\s*(?:
       (?P<label>[$%\w]+):(?!:)
-    | (?P<loc>\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*)
+    | (?P<loc>\.loc\s+[^\n]*)
     | (?P<open>\{)
     | (?P<close>\})
     | (?P<statement>(?:[^;{}"]|\{[^{};]*\}|"[^"]*")+;)
@@ -142,7 +146,7 @@ def _declare_shared(kernel: Kernel, statement: str) -> None:
     size = WIDTHS[kind] * int(count or 1)
     offset = _aligned(kernel.shared_size, int(alignment or WIDTHS[kind]))
     kernel.shared[name] = (offset, size)
-    kernel.shared_size = offset + size
+    kernel.shared_size = offset + size + _GAP
 
 
 def _instruction(statement: str, source: str) -> Instruction:
@@ -168,7 +172,8 @@ def _body(kernel: Kernel, text: str, start: int, files: dict[int, str]) -> int:
         if match["label"]:
             kernel.labels[match["label"]] = len(kernel.code)
         elif match["loc"]:
-            source = f"{files.get(int(match['file']), '?')}:{match['line']}"
+            places = re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", match["loc"])
+            source = " in ".join(f"{files.get(int(file), '?')}:{line}" for file, line in places)
         elif match["open"]:
             scopes.open()
         elif match["close"]:

@@ -91,8 +91,8 @@ def build(csrc: Path = ROOT / "csrc", folder: Path | None = None, wide: bool = F
     includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
     includes += [cuda_home() / "include", sysconfig.get_paths()["include"]]
     _run(
-        os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden",
-        "-Wl,-Bsymbolic", "-Wno-psabi", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared",
+        "-fvisibility=hidden", "-Wl,-Bsymbolic", "-Wno-psabi", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-DFROZEN_BN_LIBRARY=frozen_bn_{library.stem}", "-DFROZEN_BN_DISPATCH_KEY=CPU",
         f"-DFROZEN_BN_FORCE_WIDE={'true' if wide else 'false'}",
         *(f"-I{include}" for include in includes),
@@ -239,9 +239,9 @@ class Emulator:
         before = functional._forward, functional._backward
 
         def unless_double(emulated: Any, own: Any) -> Any:
-            return lambda *arguments: (
-                own if arguments[0].dtype == torch.float64 else emulated
-            )(*arguments)
+            return lambda *arguments: (own if arguments[0].dtype == torch.float64 else emulated)(
+                *arguments
+            )
 
         functional._forward = unless_double(self.forward, before[0])
         functional._backward = unless_double(self.backward, before[1])

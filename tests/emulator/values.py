@@ -54,6 +54,9 @@ def fma(a: Value, b: Value, c: Value, rounding: str) -> Value:
     even = (total.view(np.int64) & 1) == 0
     off = np.isfinite(total) & (error != 0) & even
     odd = np.where(off, np.nextafter(total, np.copysign(np.inf, error)), total)
+    if rounding == "rm":  # what cancels exactly is -0
+        cancels = (total == 0) & (np.signbit(product) != np.signbit(wide))
+        odd = np.where(cancels, -0.0, odd)
     return to_float32(odd, rounding)
 
 
@@ -63,6 +66,12 @@ def to_float32(exact: Value, rounding: str) -> Value:
         return near
     assert rounding == "rm"  # towards minus infinity
     return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+
+
+def to_float16(x: Value) -> Value:
+    """Rounded to the nearest, ties to even; every NaN becomes the one that PTX has."""
+    nan = np.uint16(0x7FFF).view(np.float16)
+    return np.where(np.isnan(x), nan, x.astype(np.float16))[()]
 
 
 def to_bfloat16(x: Value) -> Value:
@@ -124,7 +133,19 @@ _ORDERED = {
     "ge": np.greater_equal,
 }
 _UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-COMPARISONS = {*_ORDERED, *(f"{name}u" for name in _ORDERED), *_UNSIGNED_NAMES, "num", "nan"}
+_FLOAT_ONLY = {*(f"{name}u" for name in _ORDERED), "num", "nan"}
+COMPARISONS = {*_ORDERED, *_UNSIGNED_NAMES, *_FLOAT_ONLY}
+
+
+def compares(kind: str, comparison: str) -> bool:
+    """Whether ``setp`` has the comparison for a type."""
+    if is_float(kind):
+        return comparison not in _UNSIGNED_NAMES
+    if kind in ("b16", "b32", "b64"):
+        return comparison in ("eq", "ne")
+    if kind[0] == "u":
+        return comparison not in _FLOAT_ONLY
+    return is_integer(kind) and comparison in _ORDERED
 
 
 def compare(comparison: str, a: Value, b: Value) -> Value:

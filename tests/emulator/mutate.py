@@ -1,0 +1,251 @@
+"""Breaks the CUDA sources in one place after the other, and sees whether the emulator notices.
+
+    cd tests && python -m emulator.mutate [NAME...]
+
+Each mutation is made in a copy of csrc, which is built and compared with the reference on a few
+configurations. Prints what caught each; exits with 1 if one survives, or the copy as it is fails.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import frozen_bn
+from emulator import runtime
+from emulator.machine import EmulationError
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str  # in csrc; none: the sources as they are
+    before: str  # occurs once there
+    after: str
+    wide: bool = False  # seen only with 64-bit index arithmetic
+
+
+MUTATIONS = [
+    Mutation("nothing", "", "", ""),
+    Mutation("nothing, 64-bit", "", "", "", wide=True),
+    Mutation(
+        "tail stored one too long", "cuda/packs.cuh",
+        "if (k < at.count) to[k]", "if (k <= at.count) to[k]",
+    ),
+    Mutation(
+        "tail loaded one too short", "cuda/packs.cuh",
+        "if (k < at.count) x.lane[k]", "if (k + 1 < at.count) x.lane[k]",
+    ),
+    Mutation(
+        "scale and bias swapped", "cuda/channels.cuh",
+        "return {row[0], row[p.index.channels], row[2 * p.index.channels]};",
+        "return {row[0], row[2 * p.index.channels], row[p.index.channels]};",
+    ),
+    Mutation(
+        "a mask bit dropped", "cuda/forward.cuh",
+        "uint32_t{blocked<kAct>(z)}", "uint32_t{k != 5 && blocked<kAct>(z)}",
+    ),
+    Mutation(
+        "wrong channel at a boundary", "cuda/channels.cuh",
+        "return lane < split;", "return lane <= split;",
+    ),
+    Mutation(
+        "no barrier behind the table", "cuda/channels.cuh",
+        "place.sample == 0 && begins);\n    }\n    __syncthreads();",
+        "place.sample == 0 && begins);\n    }",
+    ),
+    Mutation(
+        "no barrier before a tile's sums", "cuda/backward.cuh",
+        "__syncthreads();\n    reduce_runs(", "reduce_runs(",
+    ),
+    Mutation(
+        "no barrier before the rows' sums", "cuda/backward.cuh",
+        "const LaneSums& sums) {\n  __syncthreads();", "const LaneSums& sums) {",
+    ),
+    Mutation(
+        "no barrier in the reduction", "cuda/backward.cuh",
+        "[threadIdx.x] = sum_centered;\n  __syncthreads();", "[threadIdx.x] = sum_centered;",
+    ),
+    Mutation(
+        "last block not launched", "launch_plan.h",
+        "ceil_div(layout.numel, kTileSize)", "std::max<int64_t>(1, layout.numel / kTileSize)",
+    ),
+    Mutation(
+        "wrong period", "launch_plan.h",
+        "std::lcm(layout.channels * layout.inner,", "std::lcm(layout.channels,",
+    ),
+    Mutation(
+        "vectors although misaligned", "cuda/ops.cpp",
+        "is_aligned({params.input, params.residual, params.output})", "true",
+    ),
+    Mutation(
+        "wrong magic number to divide by", "cuda/params.h", "/ d + 1);", "/ d);",
+    ),
+    Mutation(
+        "last partial row not added", "cuda/backward.cuh",
+        "row < p.rows;", "row < p.rows - 1;",
+    ),
+    Mutation(
+        "unused partial rows not cleared", "cuda/backward.cuh",
+        "while (++row < first_row + p.segments) write(row, Sums{});", "",
+    ),
+    Mutation(
+        "two tiles write one partial row", "cuda/backward.cuh",
+        "first_row + tile_number - first_tile;", "first_row;",
+    ),
+    Mutation(
+        "residual ignored", "cuda/forward.cuh", ") + residual.lane[k];", ");",
+    ),
+    Mutation(
+        "wrong run", "cuda/index.cuh",
+        "first_run = start / index.inner;", "first_run = start / index.tile_inner;", wide=True,
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One call of ``frozen_batch_norm`` and its gradients."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    activation: str | None = None
+    channels_last: bool = False
+    residual: bool = False
+    affine: bool = True  # with gradients
+    offset: int = 0  # elements by which the tensors' addresses are off
+
+    def tensor(self) -> Tensor:
+        n, c, *_ = self.shape
+        values = torch.randn(torch.Size(self.shape).numel() + self.offset)[self.offset :]
+        values = values.to(self.dtype) if not self.offset else self._moved(values)
+        if not self.channels_last:
+            return values.view(self.shape)
+        return values.view(n, *self.shape[2:], c).movedim(-1, 1)
+
+    def _moved(self, values: Tensor) -> Tensor:
+        room = torch.empty(values.numel() + self.offset, dtype=self.dtype)
+        return room[self.offset :].copy_(values)
+
+
+CONFIGURATIONS = [
+    Configuration((2, 5, 25, 38)),
+    Configuration((2, 6, 7, 7), torch.float16, "relu", residual=True),
+    Configuration((2, 3, 70, 71), torch.bfloat16, "leaky_relu"),  # a run spans tiles
+    Configuration((3, 4, 11, 13), torch.float32, "relu6", offset=1),
+    Configuration((2, 5, 9, 9), torch.float16, "silu", residual=True, offset=3),
+    Configuration((41, 4, 3, 3), torch.float32),  # many partial rows
+    Configuration((1, 1, 5, 5), torch.bfloat16, affine=False),
+    Configuration((2, 24, 9, 10), torch.float32, "relu", channels_last=True, residual=True),
+    Configuration((2, 20, 8, 8), torch.float16, "silu", channels_last=True),
+    Configuration((2, 600, 3, 5), torch.bfloat16, channels_last=True),  # several blocks of columns
+    Configuration((3, 7, 11, 13), torch.float32, "leaky_relu", channels_last=True),
+    Configuration((3, 7, 5, 5), torch.float16, "relu", channels_last=True, offset=1),
+    Configuration((3, 10, 2, 3), torch.float32, "hardswish", residual=True),
+]
+
+
+def compare(emulator: runtime.Emulator, configuration: Configuration) -> None:
+    """Forward and gradients, on the emulator and in plain PyTorch.
+
+    Raises:
+        AssertionError: they differ.
+        EmulationError: a kernel did what it must not.
+    """
+    torch.manual_seed(0)
+    channels, affine = configuration.shape[1], configuration.affine
+    x, grad = configuration.tensor().requires_grad_(), configuration.tensor()
+    mean, var = torch.randn(channels), torch.rand(channels) + 0.5
+    weight, bias = (torch.randn(channels).requires_grad_(affine) for _ in range(2))
+    residual = configuration.tensor().requires_grad_() if configuration.residual else None
+    wanted = [t for t in (x, residual, weight, bias) if t is not None and t.requires_grad]
+
+    def run(function: object) -> tuple[Tensor, ...]:
+        activation = configuration.activation
+        y = function(x, mean, var, weight, bias, activation=activation, residual=residual)  # type: ignore[operator]
+        return (y, *torch.autograd.grad(y, wanted, grad))
+
+    expected = run(frozen_bn.reference.frozen_batch_norm)
+    with emulator.active():
+        actual = run(frozen_bn.frozen_batch_norm)
+    names = ["output", "grad_input", *["grad_residual"] * configuration.residual]
+    names += ["grad_weight", "grad_bias"]
+    for name, a, e in zip(names, actual, expected, strict=False):
+        tolerance = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[a.dtype]
+        torch.testing.assert_close(
+            a, e, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def check(library: Path) -> str | None:
+    """What is found to be wrong with a library first."""
+    emulator = runtime.Emulator(library)
+    for configuration in CONFIGURATIONS:
+        try:
+            compare(emulator, configuration)
+        except (AssertionError, EmulationError) as error:
+            shape = "x".join(map(str, configuration.shape))
+            kind = str(configuration.dtype).removeprefix("torch.")
+            text = " ".join(str(error).split())
+            return f"{type(error).__name__} at {shape} {kind}: {text}"
+    return None
+
+
+def mutated(mutation: Mutation, folder: Path) -> Path:
+    """A copy of csrc in a new folder, with the mutation."""
+    csrc = folder / "csrc"
+    shutil.copytree(runtime.ROOT / "csrc", csrc)
+    if mutation.file:
+        file = csrc / mutation.file
+        text = file.read_text()
+        if text.count(mutation.before) != 1:
+            times = text.count(mutation.before)
+            raise LookupError(f"{mutation.name}: {mutation.before!r} is {times} times in {file}")
+        file.write_text(text.replace(mutation.before, mutation.after))
+    return csrc
+
+
+def caught_by(mutation: Mutation, csrc: Path) -> str | None:
+    """What notices the mutation, if anything does.
+
+    In a process of its own: a library is loaded, and registers its operators, once.
+    """
+    library = runtime.build(csrc, csrc.parent / "build", wide=mutation.wide)
+    command = [sys.executable, "-m", "emulator.mutate", "--check", str(library)]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    shutil.rmtree(csrc.parent)
+    if done.returncode not in (0, 1) or (done.returncode == 1 and not done.stdout):
+        raise RuntimeError(f"{mutation.name}: the check itself failed\n{done.stderr}")
+    return done.stdout.strip() or None
+
+
+def main(names: list[str]) -> int:
+    chosen = [m for m in MUTATIONS if not names or m.name in names]
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        # All at once, so that all see the same sources, and one that does not apply fails early.
+        copies = [mutated(m, Path(folder) / str(k)) for k, m in enumerate(chosen)]
+        for mutation, found in zip(chosen, pool.map(caught_by, chosen, copies), strict=True):
+            is_wrong = (found is None) == bool(mutation.file)
+            wrong += is_wrong
+            verdict = found or ("SURVIVED" if mutation.file else "passes")
+            print(f"{mutation.name:34} {mutation.file:18} {verdict[:180]}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--check"]:
+        found = check(Path(sys.argv[2]))
+        print(found or "")
+        sys.exit(found is not None)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""What only the emulator can show of the CUDA kernels: that results depend neither on the order of
+the warps nor on the width of the indices, nor differ between two runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ACCELERATORS, the_emulator
+from emulator.runtime import Emulator
+from torch import Tensor
+
+from frozen_bn import frozen_batch_norm
+
+pytestmark = pytest.mark.skipif(
+    "emulated" not in ACCELERATORS, reason="needs a CUDA toolkit (nvcc)"
+)
+
+# Planar with runs inside and across tiles, periodic with one column and many, and tails of both.
+SHAPES = [
+    (2, 64, 7, 7),
+    (1, 8, 25, 38),
+    (2, 3, 65, 67),
+    (3, 37, 2, 2),
+    (5, 2048, 1, 1),
+    (9, 1, 1, 1),
+]
+
+kinds = pytest.mark.parametrize(
+    ("dtype", "channels_last"),
+    [(d, c) for d in (torch.float32, torch.float16, torch.bfloat16) for c in (False, True)],
+    ids=lambda value: {True: "channels_last", False: "contiguous"}.get(value, str(value)),
+)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+activations = pytest.mark.parametrize("activation", [None, "relu", "silu"])
+
+
+def output_and_gradients(
+    emulator: Emulator, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool,
+    activation: str | None, offset: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """Everything that the operators write, of the same random numbers each time. With ``offset``,
+    tensors begin as many elements into their memory."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    def activation_sized() -> Tensor:
+        values = randn(*shape).to(dtype)
+        if channels_last:
+            values = values.contiguous(memory_format=torch.channels_last)
+        memory = torch.empty(values.numel() + offset, dtype=dtype)[offset:]
+        return memory.as_strided(values.shape, values.stride(), offset).copy_(values)
+
+    channels = shape[1]
+    mean, var = randn(channels), randn(channels).square() + 0.1
+    weight, bias = randn(channels).requires_grad_(), randn(channels).requires_grad_()
+    input, residual = activation_sized().requires_grad_(), activation_sized().requires_grad_()
+    with emulator.active():
+        y = frozen_batch_norm(
+            input, mean, var, weight, bias, activation=activation, residual=residual
+        )
+        leaves = [input, weight, bias, residual]
+        return [y, *torch.autograd.grad(y, leaves, activation_sized())]
+
+
+def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
+
+
+@shapes
+@kinds
+@activations
+def test_results_do_not_depend_on_the_order_of_the_warps(shape, dtype, channels_last, activation):
+    emulator = the_emulator()
+    arguments = (shape, dtype, channels_last, activation)
+    in_step = output_and_gradients(emulator, *arguments)
+    try:
+        for emulator.seed in (1, 2):
+            assert_same_bits(output_and_gradients(emulator, *arguments), in_step)
+    finally:
+        emulator.seed = None
+
+
+@shapes
+@kinds
+@activations
+def test_64_bit_indices_give_the_same(shape, dtype, channels_last, activation):
+    arguments = (shape, dtype, channels_last, activation)
+    wide = output_and_gradients(the_emulator(wide=True), *arguments)
+    assert_same_bits(wide, output_and_gradients(the_emulator(), *arguments))
+
+
+@shapes
+@kinds
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_misaligned_views_give_the_same(shape, dtype, channels_last, offset):
+    arguments = (the_emulator(), shape, dtype, channels_last, "relu")
+    y, *gradients = output_and_gradients(*arguments)
+    their_y, *their_gradients = output_and_gradients(*arguments, offset=offset)
+    assert_same_bits([their_y], [y])
+    # The compiler fuses other multiplications into the sums of this path.
+    for a, e in zip(their_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@shapes
+@kinds
+def test_gradients_are_repeatable_bit_by_bit(shape, dtype, channels_last):
+    arguments = (the_emulator(), shape, dtype, channels_last, "relu")
+    assert_same_bits(output_and_gradients(*arguments), output_and_gradients(*arguments))
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(0, 8, 7, 7), (2, 8, 0, 3)], ids=str)
+def test_nothing_is_launched_for_nothing(shape, dtype, channels_last):
+    emulator = the_emulator()
+    emulator.launches.clear()
+    y, grad_input, grad_weight, grad_bias, _ = output_and_gradients(
+        emulator, shape, dtype, channels_last, "relu"
+    )
+    assert y.shape == grad_input.shape == shape
+    assert not grad_weight.any() and not grad_bias.any()
+    assert emulator.launches == []
