@@ -92,7 +92,8 @@ def build(csrc: Path = ROOT / "csrc", folder: Path | None = None, wide: bool = F
     includes += [cuda_home() / "include", sysconfig.get_paths()["include"]]
     _run(
         os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared",
-        "-fvisibility=hidden", "-Wl,-Bsymbolic", "-Wno-psabi", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-fvisibility=hidden", "-Wl,-Bsymbolic", "-Wno-psabi", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-DFROZEN_BN_LIBRARY=frozen_bn_{library.stem}", "-DFROZEN_BN_DISPATCH_KEY=CPU",
         f"-DFROZEN_BN_FORCE_WIDE={'true' if wide else 'false'}",
         *(f"-I{include}" for include in includes),
