@@ -13,7 +13,7 @@ from helpers import CPU_LEVELS
 import frozen_bn
 
 #: Besides the CPU: the CUDA kernels in an emulator, and on a GPU where there is one.
-ACCELERATORS = ["emulated"] * runtime.available() + ["cuda"] * torch.cuda.is_available()
+ACCELERATORS = ["emulated"] + ["cuda"] * torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +46,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @functools.cache
 def the_emulator(wide: bool = False) -> runtime.Emulator:
-    """One a process; with ``wide``, of kernels forced to 64-bit index arithmetic."""
+    """One a process; with ``wide``, of kernels forced to 64-bit index arithmetic. Skips the test
+    where there is none."""
+    if not runtime.available():
+        pytest.skip("needs a CUDA toolkit (nvcc)")
     return runtime.Emulator(runtime.build(wide=wide))
 
 
 @pytest.fixture
 def emulator() -> runtime.Emulator:
-    if not runtime.available():
-        pytest.skip("needs a CUDA toolkit (nvcc) and a torch with CUDA headers of its version")
     return the_emulator()
 
 

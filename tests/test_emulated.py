@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ACCELERATORS, the_emulator
+from conftest import the_emulator
 from emulator.runtime import Emulator
 from torch import Tensor
 
 from frozen_bn import frozen_batch_norm
-
-pytestmark = pytest.mark.skipif(
-    "emulated" not in ACCELERATORS, reason="needs a CUDA toolkit (nvcc)"
-)
 
 # Planar with runs inside and across tiles, periodic with one column and many, and tails of both.
 SHAPES = [
@@ -86,7 +82,7 @@ def test_results_do_not_depend_on_the_order_of_the_warps(shape, dtype, channels_
 @shapes
 @kinds
 @activations
-def test_64_bit_indices_give_the_same(shape, dtype, channels_last, activation):
+def test_64_bit_arithmetic_gives_the_same(shape, dtype, channels_last, activation):
     arguments = (shape, dtype, channels_last, activation)
     wide = output_and_gradients(the_emulator(wide=True), *arguments)
     assert_same_bits(wide, output_and_gradients(the_emulator(), *arguments))
@@ -103,6 +99,23 @@ def test_misaligned_views_give_the_same(shape, dtype, channels_last, offset):
     # The compiler fuses other multiplications into the sums of this path.
     for a, e in zip(their_gradients, gradients, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(9, 64, 20, 20), (2, 520, 9, 9)], ids=str)
+def test_a_small_device_walks_long_columns(shape, dtype, channels_last):
+    arguments = (the_emulator(), shape, dtype, channels_last, "relu")
+    y, *gradients = output_and_gradients(*arguments)
+    the_emulator().set_multiprocessors(1)
+    try:
+        their_y, *their_gradients = output_and_gradients(*arguments)
+    finally:
+        the_emulator().set_multiprocessors()
+    assert_same_bits([their_y], [y])
+    for a, e in zip(their_gradients, gradients, strict=True):
+        torch.testing.assert_close(
+            a, e, rtol=2e-6 if a.dim() == 1 else 0, atol=1e-4 * (a.dim() == 1)
+        )
 
 
 @shapes

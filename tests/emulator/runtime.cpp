@@ -19,7 +19,7 @@ struct Configuration {
 Launcher launcher = nullptr;
 Configuration pushed;
 cudaError_t last_error = cudaSuccess;
-constexpr int kMultiprocessors = 132;
+int multiprocessors = 132;  // of an H100
 
 std::map<const void*, std::string>& kernels() {
   static std::map<const void*, std::string> names;
@@ -38,6 +38,10 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args) {
 
 EXPORT void emulator_set_launcher(Launcher f) {
   launcher = f;
+}
+
+EXPORT void emulator_set_multiprocessors(int count) {
+  multiprocessors = count;
 }
 
 EXPORT void** __cudaRegisterFatBinary(void*) {
@@ -83,7 +87,7 @@ EXPORT const char* cudaGetErrorString(cudaError_t) {
 }
 EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-  *value = kMultiprocessors;
+  *value = multiprocessors;
   return cudaSuccess;
 }
 

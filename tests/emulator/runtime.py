@@ -46,7 +46,7 @@ def cuda_home() -> Path | None:
 
 
 def available() -> bool:
-    """Whether the emulator can be built here: with nvcc, and a torch that has CUDA's headers."""
+    """Whether the emulator can be built here: there is an nvcc, and the compiled operators."""
     return cuda_home() is not None and "cpu" in frozen_bn.ops.live
 
 
@@ -162,7 +162,8 @@ class Emulator:
         self._module: Module | None = None
         self._programs: dict[str, Program] = {}
         self._callback = _LAUNCHER(self._on_launch)
-        ctypes.CDLL(str(library)).emulator_set_launcher(self._callback)
+        self._runtime = ctypes.CDLL(str(library))
+        self._runtime.emulator_set_launcher(self._callback)
         self._memory = AddressSpace()
         self._error: Exception | None = None
         self.launches: list[Counters] = []
@@ -223,6 +224,10 @@ class Emulator:
         if arguments[0].numel() > 0:
             for name, tensor, region in regions:
                 _check_written(name, tensor, region)
+
+    def set_multiprocessors(self, count: int = 132) -> None:
+        """Of the emulated device, which the launch plans depend on."""
+        self._runtime.emulator_set_multiprocessors(count)
 
     def forward(self, *arguments: Any) -> None:
         """``torch.ops.frozen_bn.forward``, without float64."""
