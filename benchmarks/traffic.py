@@ -33,7 +33,6 @@ SHAPES: tuple[Shape, ...] = (
 
 #: ``backward, affine`` also gives the gradients of the weight and the bias.
 Pass = Literal["forward", "backward", "backward, affine"]
-PASSES: tuple[Pass, ...] = ("forward", "backward", "backward, affine")
 
 SECTOR = 32  # bytes: what a GPU moves at least
 VECTOR = 16  # bytes: the widest access of a thread

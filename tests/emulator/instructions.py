@@ -91,8 +91,8 @@ class _Compiler:
         write, sources = self.write(self.operands[0]), self.sources(kind)
         return lambda lanes: write(lanes, function(*(source(lanes) for source in sources)))
 
-    def address(self, text: str) -> tuple[Source, bool]:
-        """An address operand, and whether it is one for all lanes by construction."""
+    def address(self, text: str) -> Source:
+        """An address operand: a register or a symbol, and an offset."""
         match = re.fullmatch(r"\[\s*([^\s+]+?)\s*(?:\+\s*(-?\d+))?\s*\]", text)
         if not match:
             raise self.refuse()
@@ -102,10 +102,7 @@ class _Compiler:
             source = self.source(base, "s64" if wide else "s32")
         else:
             source = self.source(base, "s64")
-        return (
-            lambda lanes: np.int64(source(lanes)) + np.int64(offset),
-            base in self.kernel.registers,
-        )
+        return lambda lanes: np.int64(source(lanes)) + np.int64(offset)
 
     # Data movement
 
@@ -163,7 +160,7 @@ class _Compiler:
         count = int((self.take("v2", "v4") or "v1")[1:])
         kind = self.type()
         writes = [self.write(name) for name in self._vector(self.operands[0])]
-        address, _ = self.address(self.operands[1])
+        address = self.address(self.operands[1])
         if space is None or len(writes) != count:
             raise self.refuse()
         dtype = DTYPES[kind]
@@ -179,7 +176,7 @@ class _Compiler:
         space = self.take("global", "shared")
         count = int((self.take("v2", "v4") or "v1")[1:])
         kind = self.type()
-        address, _ = self.address(self.operands[0])
+        address = self.address(self.operands[0])
         sources = [self.source(name, kind) for name in self._vector(self.operands[1])]
         if space is None or len(sources) != count:
             raise self.refuse()
@@ -192,7 +189,7 @@ class _Compiler:
         if space is None or operation is None:
             raise self.refuse()
         write = self.write(self.operands[0])
-        address, _ = self.address(self.operands[1])
+        address = self.address(self.operands[1])
         source = self.source(self.operands[2], kind)
         return lambda lanes: write(
             lanes, lanes.atomic(space, operation, address(lanes), source(lanes))
@@ -204,7 +201,7 @@ class _Compiler:
         kind = self.type()
         if space is None or operation is None:
             raise self.refuse()
-        address, _ = self.address(self.operands[0])
+        address = self.address(self.operands[0])
         source = self.source(self.operands[1], kind)
 
         def step(lanes: Lanes) -> None:
