@@ -5,6 +5,7 @@ from .config import show_config
 from .convert import convert_frozen_bn, unfreeze_bn
 from .functional import frozen_batch_norm
 from .modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from .report import summary
 
 __version__ = "0.1.0"
 
@@ -16,5 +17,6 @@ __all__ = [
     "frozen_batch_norm",
     "reference",
     "show_config",
+    "summary",
     "unfreeze_bn",
 ]

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .checks import fail
+from .fuse import ACTIVATION_MODULES, fuse_forwards, unfuse_forwards
 from .modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, _FrozenBatchNorm
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -32,15 +33,6 @@ _LIBRARY_CLASSES = (
     ("timm.layers.norm_act", "BatchNormAct2d"),
 )
 
-_FUSED_ACTIVATIONS: dict[type[nn.Module], str | None] = {
-    nn.Identity: None,
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-}
-
 
 class _CannotFreeze(Exception):
     """Why a module is left alone."""
@@ -53,7 +45,7 @@ def _is_library_class(kind: type[nn.Module]) -> bool:
     )
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
+def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or _is_library_class(type(module))
 
 
@@ -93,12 +85,12 @@ def _activation(module: nn.Module) -> dict[str, Any]:
     drop = module._modules.get("drop") or nn.Identity()
     if not isinstance(drop, nn.Identity):
         raise _CannotFreeze("it has a dropout between normalization and activation")
-    if type(act) not in _FUSED_ACTIVATIONS:
+    if type(act) not in ACTIVATION_MODULES:
         raise _CannotFreeze(f"its activation {type(act).__name__} has no fused form")
     if _has_hooks(act) or _has_hooks(drop):
         raise _CannotFreeze("its activation or dropout has hooks, which would no longer be called")
     return {
-        "activation": _FUSED_ACTIVATIONS[type(act)],
+        "activation": ACTIVATION_MODULES[type(act)],
         "negative_slope": getattr(act, "negative_slope", 0.01),
     }
 
@@ -130,6 +122,17 @@ def _never_trained(module: nn.Module) -> bool:
     mean, var = module.running_mean, module.running_var
     assert isinstance(mean, Tensor) and isinstance(var, Tensor)
     return not mean.any() and bool((var == 1).all())
+
+
+def why_not_frozen(layer: nn.Module) -> str | None:
+    """Why :func:`convert_frozen_bn` leaves a batch normalization alone, if it does."""
+    try:
+        _frozen_class(layer)
+        _check_unaltered(layer)
+        _activation(layer)
+    except _CannotFreeze as reason:
+        return str(reason)
+    return None
 
 
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -181,6 +184,8 @@ def convert_frozen_bn(
     module: nn.Module,
     *,
     freeze_affine: bool = True,
+    fuse: bool = False,
+    fold_conv: bool = False,
     where: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
     """Replace the batch normalizations in ``module`` by frozen ones that compute what they compute
@@ -195,6 +200,14 @@ def convert_frozen_bn(
         module: changed in place.
         freeze_affine: weight and bias become buffers, which no optimizer sees. If false, they stay
             the same Parameter objects, with their ``requires_grad``.
+        fuse: also merge what stands next to a frozen layer in the ``forward`` that calls it into
+            its kernel: the activation after it, a sum with another tensor (or with another frozen
+            layer) and the activation after that; and overwrite the output of a convolution that
+            nothing else reads. See :func:`summary` for what was merged, or why not.
+        fold_conv: the same, but fold what follows a convolution into its weight and bias, at every
+            call, so that gradients reach the weight and a trainable affine as before. Where no
+            gradient is wanted the folded weights are kept until a parameter changes (a write
+            through ``.data`` is not noticed).
         where: ``where(name, module)`` picks the layers, by their qualified name; all by default.
 
     Returns:
@@ -208,7 +221,7 @@ def convert_frozen_bn(
     left_alone: dict[nn.Module, str] = {}
     never_trained: list[str] = []
     for name, layer in module.named_modules(remove_duplicate=False):
-        if not _is_batch_norm(layer) or layer in replacements or layer in left_alone:
+        if not is_batch_norm(layer) or layer in replacements or layer in left_alone:
             continue
         if where is not None and not where(name, layer):
             continue
@@ -234,7 +247,10 @@ def convert_frozen_bn(
             "that, it normalizes nothing",
             stacklevel=2,
         )
-    return _replace(module, replacements)
+    module = _replace(module, replacements)
+    if fuse or fold_conv:
+        fuse_forwards(module, fold_conv)
+    return module
 
 
 def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
@@ -284,6 +300,7 @@ def unfreeze_bn(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or its replacement where it is itself a frozen batch normalization.
     """
+    unfuse_forwards(module)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, _FrozenBatchNorm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ _tracing_state = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
 
 #: What no gradient flows to: running_mean, running_var, eps, activation code, negative_slope,
-#: inplace. In one tuple, because autograd looks at every argument of a Function.
-_Constants = tuple[Tensor, Tensor, float, int, float, bool]
+#: inplace, and whether the statistics are those of an identity. In one tuple, because autograd
+#: looks at every argument of a Function.
+_Constants = tuple[Tensor, Tensor, float, int, float, bool, bool]
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -47,7 +49,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         constants: _Constants,
     ) -> Tensor:
-        running_mean, running_var, eps, code, negative_slope, inplace = constants
+        running_mean, running_var, eps, code, negative_slope, inplace, identity = constants
         _, weight_gradient, bias_gradient, _, _ = ctx.needs_input_grad
         smooth = code in SMOOTH
         kept = input if weight_gradient or smooth else None
@@ -91,6 +93,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
             output.stride(),
             weight.dtype if weight_gradient else None,  # type: ignore[union-attr]
             bias.dtype if bias_gradient else None,  # type: ignore[union-attr]
+            code == 0 or identity,  # the gradient of the residual is one that exists anyway
         )
         return output
 
@@ -99,17 +102,17 @@ class _FrozenBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled() or _is_batched(grad_output):
             return _differentiable_backward(ctx, grad_output)
         coefficients, mask, input, residual, _, _ = ctx.saved_tensors
-        code, negative_slope, strides, weight_dtype, bias_dtype = ctx.plan
+        code, negative_slope, strides, weight_dtype, bias_dtype, shares = ctx.plan
         needs_input, _, _, needs_residual, _ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = grad_residual = None
         shape = grad_output.shape
-        if needs_input or mask is not None:
+        if needs_input or mask is not None or (needs_residual and shares and code != 0):
             grad_input = grad_output.new_empty_strided(shape, strides)
         if weight_dtype is not None:
             grad_weight = grad_output.new_empty(shape[1], dtype=weight_dtype)
         if bias_dtype is not None:
             grad_bias = grad_output.new_empty(shape[1], dtype=bias_dtype)
-        if needs_residual and code != 0:
+        if needs_residual and not shares:
             grad_residual = grad_output.new_empty_strided(shape, strides)
         _backward(
             grad_output,
@@ -124,13 +127,13 @@ class _FrozenBatchNorm(torch.autograd.Function):
             grad_bias,
             grad_residual,
         )
-        if needs_residual and code == 0:
-            grad_residual = grad_output
+        if needs_residual and shares:
+            grad_residual = grad_output if code == 0 else grad_input
         return grad_input if needs_input else None, grad_weight, grad_bias, grad_residual, None
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    code, negative_slope, strides, weight_dtype, bias_dtype = ctx.plan
+    code, negative_slope, strides, weight_dtype, bias_dtype, _ = ctx.plan
     coefficients, mask, input, residual, weight, bias = ctx.saved_tensors
     grad_input, grad_weight, grad_bias, grad_residual = reference.backward(
         grad_output,
@@ -158,19 +161,86 @@ def _shares_storage(a: Tensor, b: Tensor) -> bool:
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
-def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
-    """Whether something other than the eager kernels has to see PyTorch's own operators."""
-    if (
+def is_transformed() -> bool:
+    """Whether a compiler, a tracer or a transform of functions has to see PyTorch's operators."""
+    return (
         torch.compiler.is_compiling()
         or _functorch_active()
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
+    )
+
+
+def has_kernels(input: Tensor) -> bool:
+    """Whether there are kernels for its device and dtype."""
+    device = "cuda" if input.is_cuda else "cpu" if input.is_cpu else input.device.type
+    return device in ops.live and not (device == "cuda" and input.dtype == torch.float64)
+
+
+def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
+    return (
+        is_transformed()
         or running_mean.requires_grad
         or running_var.requires_grad
+        or not has_kernels(input)
+    )
+
+
+def _code(activation: str | None) -> int:
+    try:
+        return _CODES[activation]
+    except (KeyError, TypeError):
+        return activation_code(activation)  # raises
+
+
+def _run(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    constants: _Constants,
+) -> Tensor:
+    """By the kernels, and recorded by autograd where a gradient is wanted."""
+    running_mean, running_var, eps, code, negative_slope, inplace, identity = constants
+    if inplace:
+        check_inplace(input)
+        if residual is not None and _shares_storage(residual, input):
+            residual = residual.clone()
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
-        return True
-    device = "cuda" if input.is_cuda else "cpu" if input.is_cpu else input.device.type
-    return device not in ops.live or (device == "cuda" and input.dtype == torch.float64)
+        if inplace:
+            check_history(input)
+            # Where the gradient needs the input's values, they have to outlive the overwriting.
+            if code in SMOOTH or (weight is not None and weight.requires_grad):
+                constants = (running_mean, running_var, eps, code, negative_slope, False, identity)
+                source = input.clone()
+                return input.copy_(
+                    _FrozenBatchNorm.apply(source, weight, bias, residual, constants)
+                )
+        output: Tensor = _FrozenBatchNorm.apply(input, weight, bias, residual, constants)
+        return output
+    output = input if inplace else torch.empty_like(input)
+    _forward(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        residual,
+        eps,
+        code,
+        negative_slope,
+        output,
+        None,
+        None,
+    )
+    if inplace:
+        torch.autograd.graph.increment_version(input)
+    return output
 
 
 def frozen_batch_norm(
@@ -234,43 +304,29 @@ def frozen_batch_norm(
             relevant = (input, residual, weight, bias)
             return handle_torch_function(frozen_batch_norm, relevant, *arguments, **options)
         return reference.frozen_batch_norm(*arguments, **options)
-    try:
-        code = _CODES[activation]
-    except (KeyError, TypeError):
-        code = activation_code(activation)  # raises
-    if inplace:
-        check_inplace(input)
-        if residual is not None and _shares_storage(residual, input):
-            residual = residual.clone()
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        if inplace:
-            check_history(input)
-        # Where the gradient needs the input's values, they have to outlive the overwriting.
-        keep = inplace and (code in SMOOTH or (weight is not None and weight.requires_grad))
-        constants = (running_mean, running_var, eps, code, negative_slope, inplace and not keep)
-        source = input.clone() if keep else input
-        output: Tensor = _FrozenBatchNorm.apply(source, weight, bias, residual, constants)
-        return input.copy_(output) if keep else output
-    output = input if inplace else torch.empty_like(input)
-    _forward(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        residual,
-        eps,
-        code,
-        negative_slope,
-        output,
-        None,
-        None,
-    )
-    if inplace:
-        torch.autograd.graph.increment_version(input)
-    return output
+    code = _code(activation)
+    constants = (running_mean, running_var, eps, code, negative_slope, inplace, False)
+    return _run(input, weight, bias, residual, constants)
+
+
+@functools.cache
+def _identity(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A mean and a variance that change nothing."""
+    with torch.inference_mode(False):
+        zeros = torch.zeros(channels, dtype=dtype, device=device)
+        return zeros, torch.ones_like(zeros)
+
+
+def activate(
+    input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+) -> Tensor:
+    """``act(input + residual)`` by the same kernels, written over ``input`` where autograd does not
+    need it."""
+    if not has_kernels(input):
+        total = input if residual is None else input + residual
+        return reference.activate(total, activation, negative_slope)
+    code = _code(activation)
+    inplace = not (code in SMOOTH and torch.is_grad_enabled())
+    mean, var = _identity(input.shape[1], torch.float32, input.device)
+    constants = (mean, var, 0.0, code, negative_slope, inplace, True)
+    return _run(input, None, None, residual, constants)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,15 @@ from torch.overrides import has_torch_function_unary
 
 from .checks import activation_code, fail
 from .functional import frozen_batch_norm
+
+
+class Fate(NamedTuple):
+    """What convert_frozen_bn(fuse=True) made of a layer."""
+
+    merged: str = ""  # with what: "relu", "add + relu", "two branches + relu"
+    folded_into: str = ""  # the name of the convolution
+    in_place: bool = False
+    reason: str = ""  # if nothing of it
 
 
 class _FrozenBatchNorm(nn.Module):
@@ -48,6 +57,7 @@ class _FrozenBatchNorm(nn.Module):
         self.inplace = inplace
         # What convert_frozen_bn replaced, for unfreeze_bn; in a list, so as not to be a submodule.
         self._original: list[nn.Module] = []
+        self.fate = Fate()
 
         def constant(value: float) -> Tensor:
             return torch.full([num_features], value, device=device, dtype=dtype)
@@ -65,6 +75,17 @@ class _FrozenBatchNorm(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input``, add ``residual`` (same shape and dtype), apply the activation."""
+        return self.normalize(input, residual, self.activation, self.negative_slope, self.inplace)
+
+    def normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        negative_slope: float,
+        inplace: bool,
+    ) -> Tensor:
+        """:meth:`forward` with other options than the module's own."""
         if not has_torch_function_unary(input) and self._ranks and input.dim() not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise fail("forward", f"input to have {ranks} dimensions", f"shape {list(input.shape)}")
@@ -75,10 +96,10 @@ class _FrozenBatchNorm(nn.Module):
             self.weight,
             self.bias,
             self.eps,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
+            activation=activation,
+            negative_slope=negative_slope,
             residual=residual,
-            inplace=self.inplace,
+            inplace=inplace,
         )
 
     def _load_from_state_dict(

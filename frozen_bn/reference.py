@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import activation_code, check_forward, check_inplace
 
 
-def _activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
     if activation == "relu":
         return F.relu(z)
     if activation == "relu6":
@@ -70,7 +70,7 @@ def frozen_batch_norm(
         z = z + _broadcastable(bias.to(dtype), input)
     if residual is not None:
         z = z + residual.to(dtype)
-    output = _activate(z, activation, negative_slope).to(input.dtype)
+    output = activate(z, activation, negative_slope).to(input.dtype)
     if inplace:
         return input.copy_(output)
     return output

@@ -1,0 +1,92 @@
+"""Folding a frozen batch normalization into the convolution before it, for training too:
+
+    bn(conv(x, W, b)) = conv(x, W * scale, (b - mean) * scale + bias)
+
+with ``scale = weight / sqrt(var + eps)`` along the output channels. Autograd differentiates the
+right-hand side: the gradients of ``W``, ``b`` and a trainable affine are exact, and the output of
+the convolution is not needed for any of them (unlike for the affine gradient of ``bn``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modules import _FrozenBatchNorm
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: dict[type[nn.Module], Any] = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+
+#: Folded weight and bias by batch normalization, with what tells whether they are still right.
+_cache: WeakKeyDictionary[nn.Module, tuple[Any, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
+    """Whether ``conv`` is a convolution as torch has it, whose output ``bn`` accepts."""
+    if type(conv) not in _CONVOLUTIONS and type(conv) not in _TRANSPOSED:
+        return False
+    rank = cast(Tensor, conv.weight).dim()
+    return bool(conv.out_channels == bn.num_features) and (not bn._ranks or rank in bn._ranks)
+
+
+def _factor_of_transposed(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    """``scale`` to be multiplied with the weight of a transposed convolution, which is
+    ``[in, out / groups, ...]``."""
+    rows = weight.shape[0] // groups
+    factor = scale.reshape(groups, 1, -1).expand(-1, rows, -1)
+    return factor.reshape([weight.shape[0], -1] + [1] * (weight.dim() - 2))
+
+
+def fold(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
+    """The weight and bias of the convolution that does the work of both, in the dtype of ``conv``,
+    computed in float32 (float64 if that is its dtype) and rounded once. Differentiable."""
+    weight = cast(Tensor, conv.weight)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    scale = 1 / torch.sqrt(bn.running_var.to(dtype) + bn.eps)
+    if bn.weight is not None:
+        scale = bn.weight.to(dtype) * scale
+    shift = -bn.running_mean.to(dtype)
+    if conv.bias is not None:
+        shift = shift + conv.bias.to(dtype)  # type: ignore[operator]
+    shift = shift * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(dtype)
+    if type(conv) in _TRANSPOSED:
+        factor = _factor_of_transposed(weight, scale, conv.groups)  # type: ignore[arg-type]
+    else:
+        factor = scale.reshape([-1] + [1] * (weight.dim() - 1))
+    return (weight.to(dtype) * factor).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
+    """:func:`fold`, computed anew only after a change where no gradient is wanted."""
+    sources = conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+    tensors = [t for t in sources if isinstance(t, Tensor)]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if differentiated or any(t.is_inference() for t in tensors):
+        _cache.pop(bn, None)
+        return fold(conv, bn)
+    key = bn.eps, [(id(t), t._version, t.untyped_storage()._cdata, t.dtype) for t in tensors]
+    known, folded = _cache.get(bn, (None, None))
+    if folded is None or known != key:
+        folded = fold(conv, bn)
+        _cache[bn] = key, folded
+    return folded
+
+
+def convolve(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> Tensor:
+    """``bn(conv(input))`` by one convolution."""
+    weight, bias = _folded(conv, bn)
+    transposed = _TRANSPOSED.get(type(conv))
+    if transposed is None:
+        return conv._conv_forward(input, weight, bias)  # type: ignore[operator, no-any-return]
+    geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+    return transposed(input, weight, bias, *geometry)  # type: ignore[no-any-return]

@@ -1,0 +1,384 @@
+"""Fusion: frozen batch normalizations are merged with what follows them, or precedes them, in the
+``forward`` that calls them.
+
+    _Matcher      what can be merged in a graph
+    _rewrite      the graph with it merged
+    fuse_forwards does both for every module whose own forward calls a frozen one
+
+The modules of the model stay what and where they are: only the ``forward`` of the module above is
+replaced, on the instance, and falls back to that of the class whenever a hook or a changed child
+says so (see ``TracedForward``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from . import fold, merged
+from .modules import Fate, _FrozenBatchNorm
+from .trace import CannotTrace, TracedForward, has_hooks, is_plain_sequential, trace
+
+ACTIVATION_MODULES: dict[type[nn.Module], str | None] = {
+    nn.Identity: None,
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+_ACTIVATION_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    "relu": "relu",  # methods
+    "relu_": "relu",
+}
+
+_ADDITIONS = {operator.add, torch.add, "add"}
+_ADDITIONS_INTO = {operator.iadd, "add_"}
+
+
+@dataclass
+class _Merge:
+    """A batch normalization, and the nodes whose work its kernel can do too."""
+
+    bn: fx.Node
+    end: fx.Node  # the last of them
+    nodes: list[fx.Node]
+    conv: fx.Node | None  # the convolution before it, whose output nothing else reads
+    other: _Merge | None = None  # the other branch
+    residual: fx.Node | None = None
+    into: bool = False
+    activation: str | None = None
+    negative_slope: float = 0.01
+
+    def parts(self) -> list[fx.Node]:
+        parts = [*self.nodes] + ([self.conv] if self.conv else [])
+        return parts + (self.other.parts() if self.other else [])
+
+    def description(self) -> str:
+        added = "two branches" if self.other else "add" if self.residual else None
+        return " + ".join(name for name in (added, self.activation) if name)
+
+
+class _Matcher:
+    """Finds what can be merged in the graph of ``owner``'s forward."""
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph, shared: set[nn.Module]) -> None:
+        self.owner = owner
+        self.graph = graph
+        self.shared = shared
+        self.calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        self.taken: set[fx.Node] = set()
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that ``node`` calls with one argument, if it is free to be merged."""
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        module = self.owner.get_submodule(str(node.target))
+        return None if has_hooks(module) else module
+
+    def bn(self, node: object) -> _FrozenBatchNorm | None:
+        if not isinstance(node, fx.Node) or node in self.taken:
+            return None
+        module = self.module(node)
+        if not isinstance(module, _FrozenBatchNorm) or self._is_shared(node, module):
+            return None
+        return module
+
+    def _is_shared(self, node: fx.Node, module: nn.Module) -> bool:
+        return module in self.shared or self.calls[node.target] > 1
+
+    def conv_before(self, bn: fx.Node) -> fx.Node | None:
+        node = bn.args[0]
+        if not isinstance(node, fx.Node) or len(node.users) > 1:
+            return None
+        module, bn_module = self.module(node), self.bn(bn)
+        if module is None or bn_module is None or self._is_shared(node, module):
+            return None
+        return node if fold.is_normalized_by(module, bn_module) else None
+
+    def activation(self, node: fx.Node) -> tuple[str, float] | None:
+        """Its name and slope, if ``node`` is one, of one tensor."""
+        if node.op == "call_module":
+            module = self.module(node)
+            name = ACTIVATION_MODULES.get(type(module)) if module else None
+            return (name, getattr(module, "negative_slope", 0.01)) if name else None
+        name = _ACTIVATION_FUNCTIONS.get(node.target)
+        options = dict(zip(("input", "negative_slope", "inplace"), node.args, strict=False))
+        options |= node.kwargs
+        if name is None or not {*options} <= {"input", "negative_slope", "inplace"}:
+            return None
+        slope = options.get("negative_slope", 0.01)
+        if name != "leaky_relu":
+            return name, 0.01
+        return (name, slope) if isinstance(slope, float) else None
+
+    def can_wait(self, bn: fx.Node, until: fx.Node) -> bool:
+        """Whether ``bn`` can be computed as late as ``until``: nothing writes to its input."""
+        return len(bn.args[0].users) == 1 or bn.next is until  # type: ignore[union-attr]
+
+    def merge(self, bn: fx.Node) -> _Merge:
+        module = self.bn(bn)
+        assert module is not None
+        own = module.activation, module.negative_slope
+        return _Merge(bn, bn, [bn], self.conv_before(bn), None, None, False, *own)
+
+    def with_activation(self, merge: _Merge) -> _Merge:
+        """Takes in the activation, if one is all that reads the value."""
+        end = merge.end
+        if merge.activation is not None or len(end.users) != 1:
+            return merge
+        (following,) = end.users
+        # What is added must not be written to in between.
+        free = self.can_wait(end, following) if end is merge.bn else end.next is following
+        found = self.activation(following)
+        if found and free and following.args[:1] == (end,) and following.all_input_nodes == [end]:
+            merge.activation, merge.negative_slope = found
+            merge.end = following
+            merge.nodes.append(following)
+        return merge
+
+    def _addend(self, node: object, total: fx.Node) -> bool:
+        """Whether ``node`` is a batch normalization that only ``total`` uses."""
+        bn = self.bn(node)
+        return (
+            bn is not None
+            and bn.activation is None
+            and len(node.users) == 1  # type: ignore[attr-defined]
+            and self.can_wait(node, total)  # type: ignore[arg-type]
+        )
+
+    def addition(self, total: fx.Node) -> _Merge | None:
+        """What ``total`` adds to a batch normalization, if it does."""
+        if total.target not in _ADDITIONS | _ADDITIONS_INTO or len(total.args) != 2 or total.kwargs:
+            return None
+        a, b = total.args
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
+            return None
+        into = total.target in _ADDITIONS_INTO  # writes to a, so a has to be what is merged
+        if not self._addend(a, total):
+            if into or not self._addend(b, total):
+                return None
+            a, b = b, a
+        merge = self.merge(a)
+        merge.into = into
+        merge.end = total
+        merge.nodes.append(total)
+        if self._addend(b, total):
+            merge.other = self.merge(b)
+        else:
+            merge.residual = b
+        return merge
+
+    def merges(self) -> list[_Merge]:
+        found = []
+        nodes = [*self.graph.nodes]
+        additions = map(self.addition, nodes)
+        bare = (self.merge(node) for node in nodes if self.bn(node))
+        for merge in itertools.chain(filter(None, additions), bare):
+            found.append(self.with_activation(merge))
+            self.taken |= {*merge.parts()}
+        return [merge for merge in found if merge.conv or merge.end is not merge.bn]
+
+
+def _skip_identities(owner: nn.Module, graph: fx.Graph) -> set[nn.Module]:
+    """Takes every ``nn.Identity`` out of the graph, and returns them."""
+    skipped: set[nn.Module] = set()
+    for node in [*graph.nodes]:
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            module = owner.get_submodule(str(node.target))
+            if type(module) is nn.Identity and not has_hooks(module):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                skipped.add(module)
+    return skipped
+
+
+def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
+    """Puts calls of ``merged`` in the place of the nodes of ``merge``; returns the last."""
+
+    def call(function: Callable[..., object], nodes: list[fx.Node], *args: object) -> fx.Node:
+        with graph.inserting_before(nodes[-1]):
+            new = graph.call_function(function, args)  # type: ignore[arg-type]
+        nodes[-1].replace_all_uses_with(new)
+        for node in reversed(nodes):
+            graph.erase_node(node)
+        return new
+
+    def module(node: fx.Node, before: fx.Node) -> fx.Node:
+        with graph.inserting_before(before):
+            return graph.get_attr(str(node.target))
+
+    def operands(merge: _Merge) -> tuple[object, ...]:
+        return module(merge.bn, merge.bn), merge.bn.args[0], merge.conv is not None
+
+    other, residual = merge.other, merge.residual
+    tail = merge.activation, merge.negative_slope, merge.into
+    if other is not None:
+        if not fold_conv or not (merge.conv or other.conv):
+            nodes = [other.bn, *merge.nodes]
+            return call(merged.normalize_branches, nodes, *operands(merge), *operands(other), *tail)
+        residual = _rewrite(graph, other, fold_conv)
+    if not fold_conv or merge.conv is None:
+        return call(merged.normalize, merge.nodes, *operands(merge), residual, *tail)
+    conv = merge.conv
+    modules = module(conv, conv), module(merge.bn, conv)
+    value = call(merged.convolve, [conv], *modules, conv.args[0])
+    return call(merged.add_and_activate, merge.nodes, value, residual, *tail)
+
+
+def _calls_frozen(module: nn.Module) -> bool:
+    """Whether its own ``forward`` may call a frozen batch normalization."""
+    for child in module.children():
+        holds = is_plain_sequential(child) or type(child) in (nn.ModuleList, nn.ModuleDict)
+        if isinstance(child, _FrozenBatchNorm) or (holds and _calls_frozen(child)):
+            return True
+    return False
+
+
+def _crossed(sequential: str, merge: _Merge) -> bool:
+    """Whether ``merge`` takes in nodes inside of a Sequential as well as outside."""
+    inside = {
+        node.op == "call_module" and str(node.target).startswith(sequential + ".")
+        for node in merge.parts()
+    }
+    return len(inside) == 2
+
+
+@dataclass
+class _Plan:
+    """A module's forward in one mode, and what can be merged there."""
+
+    graph: fx.Graph
+    merges: list[_Merge]
+    inlined: dict[str, nn.Module]
+    identities: set[nn.Module]
+
+
+def _plan(owner: nn.Module, shared: set[nn.Module]) -> _Plan:
+    kept = set(shared)  # Sequentials that can as well be a call, with a forward to fuse
+
+    def looked_into(module: nn.Module) -> bool:
+        return is_plain_sequential(module) and module not in kept and _calls_frozen(module)
+
+    while True:
+        graph, inlined = trace(owner, looked_into)
+        identities = _skip_identities(owner, graph)
+        merges = _Matcher(owner, graph, shared).merges()
+        uncrossed = {
+            module
+            for name, module in inlined.items()
+            if not any(_crossed(name, merge) for merge in merges)
+        }
+        if not uncrossed:
+            return _Plan(graph, merges, inlined, identities)
+        kept |= uncrossed
+
+
+def _in_both_modes(owner: nn.Module, shared: set[nn.Module]) -> dict[bool, _Plan]:
+    plans = {}
+    training = owner.training
+    try:
+        for owner.training in (not training, training):
+            plans[owner.training] = _plan(owner, shared)
+    finally:
+        owner.training = training
+    return plans
+
+
+def _containers(owner: nn.Module, graph: fx.Graph) -> set[nn.Module]:
+    """The modules below ``owner`` whose children the graph calls."""
+    found = set()
+    for node in graph.nodes:
+        path = str(node.target).split(".")[:-1] if node.op == "call_module" else []
+        for end in range(1, len(path) + 1):
+            found.add(owner.get_submodule(".".join(path[:end])))
+    return found
+
+
+def _tell(owner: nn.Module, merge: _Merge, fold_conv: bool) -> None:
+    for half in (merge, merge.other):
+        if half is None:
+            continue
+        bn = owner.get_submodule(str(half.bn.target))
+        assert isinstance(bn, _FrozenBatchNorm)
+        folds = fold_conv and half.conv is not None
+        bn.fate = Fate(
+            merged=merge.description(),
+            folded_into=str(half.conv.target) if folds else "",  # type: ignore[union-attr]
+            in_place=half.conv is not None and not folds,
+        )
+
+
+def _fuse_forward(owner: nn.Module, fold_conv: bool, shared: set[nn.Module]) -> set[nn.Module]:
+    """Returns the Sequentials that ``owner`` now runs through by itself."""
+    plans = _in_both_modes(owner, shared)
+    parts: set[nn.Module] = set()
+    containers: set[nn.Module] = set()
+    inlined: set[nn.Module] = set()
+    for plan in plans.values():
+        containers |= _containers(owner, plan.graph)
+        inlined |= {*plan.inlined.values()}
+        parts |= plan.identities
+        for merge in plan.merges:
+            _tell(owner, merge, fold_conv)
+            called = (str(node.target) for node in merge.parts() if node.op == "call_module")
+            parts |= {*map(owner.get_submodule, called)}
+            _rewrite(plan.graph, merge, fold_conv)
+    if any(plan.merges for plan in plans.values()):
+        graphs = {training: plan.graph for training, plan in plans.items()}
+        owner.forward = TracedForward(owner, graphs, parts | inlined, containers)
+    return inlined
+
+
+def _tell_rest(root: nn.Module, shared: set[nn.Module]) -> None:
+    for layer in root.modules():
+        if isinstance(layer, _FrozenBatchNorm) and layer.fate == Fate():
+            reason = "nothing next to it to merge with"
+            if layer in shared:
+                reason = "it has several places in the model"
+            elif has_hooks(layer):
+                reason = "it has hooks"
+            layer.fate = Fate(reason=reason)
+
+
+def fuse_forwards(root: nn.Module, fold_conv: bool) -> None:
+    """Fuses every frozen batch normalization in ``root`` that can be, in place."""
+    unfuse_forwards(root)
+    places = Counter(child for module in root.modules() for child in module.children())
+    shared = {module for module, count in places.items() if count > 1}
+    inlined: set[nn.Module] = set()
+    for module in root.modules():
+        if isinstance(module, _FrozenBatchNorm) or module in inlined or not _calls_frozen(module):
+            continue
+        try:
+            inlined |= _fuse_forward(module, fold_conv, shared)
+        except CannotTrace as reason:
+            for layer in module.modules():
+                if isinstance(layer, _FrozenBatchNorm) and layer.fate == Fate():
+                    layer.fate = Fate(reason=f"{type(module).__name__}.forward: {reason}")
+    _tell_rest(root, shared)
+
+
+def unfuse_forwards(root: nn.Module) -> None:
+    """Undoes :func:`fuse_forwards`."""
+    for module in root.modules():
+        if isinstance(vars(module).get("forward"), TracedForward):
+            del vars(module)["forward"]
+        if isinstance(module, _FrozenBatchNorm):
+            module.fate = Fate()

@@ -1,0 +1,83 @@
+"""What the fused forwards call: frozen batch normalizations together with their neighbours.
+
+Everywhere, ``into`` says that a sum was written ``+=``, which keeps the left side's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import fold, reference
+from .checks import SMOOTH, activation_code
+from .functional import activate
+from .modules import _FrozenBatchNorm
+
+
+def _input_is_saved(bn: _FrozenBatchNorm, activation: str | None) -> bool:
+    """Whether the backward pass reads the input, which then must not be overwritten."""
+    return torch.is_grad_enabled() and (
+        activation_code(activation) in SMOOTH or (bn.weight is not None and bn.weight.requires_grad)
+    )
+
+
+def _is_plain_sum(a: Tensor, b: Tensor) -> bool:
+    """No broadcasting and no promotion: what the kernels can add."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _add(a: Tensor, b: Tensor, into: bool) -> Tensor:
+    return (a + b).to(a.dtype) if into else a + b
+
+
+def normalize(
+    bn: _FrozenBatchNorm,
+    input: Tensor,
+    overwrite: bool,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    into: bool,
+) -> Tensor:
+    """``act(bn(input) + residual)``, written over ``input`` if nothing else will read it."""
+    if residual is not None and not _is_plain_sum(input, residual):
+        normalized = normalize(bn, input, overwrite, None, None, 0.0, False)
+        return reference.activate(_add(normalized, residual, into), activation, negative_slope)
+    inplace = bn.inplace or (overwrite and not _input_is_saved(bn, activation))
+    return bn.normalize(input, residual, activation, negative_slope, inplace)
+
+
+def normalize_branches(
+    bn: _FrozenBatchNorm,
+    input: Tensor,
+    overwrite: bool,
+    other_bn: _FrozenBatchNorm,
+    other_input: Tensor,
+    overwrite_other: bool,
+    activation: str | None,
+    negative_slope: float,
+    into: bool,
+) -> Tensor:
+    """``act(bn(input) + other_bn(other_input))``."""
+    residual = normalize(other_bn, other_input, overwrite_other, None, None, 0.0, False)
+    return normalize(bn, input, overwrite, residual, activation, negative_slope, into)
+
+
+def convolve(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> Tensor:
+    """``bn(conv(input))``, folded into one convolution."""
+    return fold.convolve(conv, bn, input)
+
+
+def add_and_activate(
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    into: bool,
+) -> Tensor:
+    """``act(input + residual)``, written over ``input``, the output of a convolution."""
+    if residual is not None and not _is_plain_sum(input, residual):
+        input, residual = _add(input, residual, into), None
+    if activation is None:
+        return input if residual is None else input.add_(residual)
+    return activate(input, residual, activation, negative_slope)
