@@ -16,7 +16,7 @@ RUN   := $(VENV)/bin/python
 PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-other-torch wheel checkstyle bench roofline compiled mutations
+.PHONY: build demo test test-other-torch wheel checkstyle bench bench-model roofline compiled mutations
 .PHONY: gpu-check clean
 .DELETE_ON_ERROR:
 
@@ -40,6 +40,11 @@ test: build
 
 bench: build
 	$(RUN) -m benchmarks.bench_op
+
+# Whole networks, by the side of the same without BatchNorm, and of mmcv's way to freeze it.
+bench-model: build
+	$(PIP) mmcv-lite
+	$(RUN) -m benchmarks.bench_model
 
 # Memory traffic of the CUDA kernels and their peers, counted without a GPU.
 roofline: build

@@ -23,8 +23,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms import v2
 
 import frozen_bn
+from frozen_bn.report import saved_bytes
 
-from .measure import interleaved_seconds, relative_error, saved_bytes
+from .measure import interleaved_seconds, relative_error
 
 BASELINE = "nn.BatchNorm2d.eval()"
 TORCHVISION = "torchvision FrozenBatchNorm2d"

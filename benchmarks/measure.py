@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .interleave import settle_allocator
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -20,25 +23,26 @@ def equal_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> int:
     return sum(torch.equal(a[name], b[name]) for name in a)
 
 
-def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
-    """The bytes that ``forward`` leaves behind for the backward pass, every storage counted once.
+def peak_bytes(program: Callable[[], object], device: torch.device) -> int:
+    """How far memory rises above where it was while ``program`` runs: of the device's allocator on
+    CUDA, else of the process (0 where the system does not tell)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        program()
+        return torch.cuda.max_memory_allocated(device) - before
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return 0
 
-    Parameters and buffers of ``module`` do not count: they are there anyway.
-    """
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    saved: dict[int, int] = {}
+    def kibibytes(field: str) -> int:
+        return int(status.read_text().split(f"{field}:")[1].split()[0])
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # Held until all are counted: freed memory might be handed out again, and counted as one.
-        held = forward()
-    del held
-    return sum(saved.values())
+    settle_allocator()
+    reset.write_text("5")  # the peak is counted from here
+    before = kibibytes("VmRSS")
+    program()
+    return (kibibytes("VmHWM") - before) * 1024
 
 
 def interleaved_seconds(

@@ -321,7 +321,9 @@ def _tell(owner: nn.Module, merge: _Merge, fold_conv: bool) -> None:
         bn.fate = Fate(
             merged=merge.description(),
             folded_into=str(half.conv.target) if folds else "",  # type: ignore[union-attr]
-            in_place=half.conv is not None and not folds,
+            in_place=half.conv is not None
+            and not folds
+            and not merged.input_is_saved(bn, merge.activation),
         )
 
 

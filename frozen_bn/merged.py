@@ -14,7 +14,7 @@ from .functional import activate
 from .modules import _FrozenBatchNorm
 
 
-def _input_is_saved(bn: _FrozenBatchNorm, activation: str | None) -> bool:
+def input_is_saved(bn: _FrozenBatchNorm, activation: str | None) -> bool:
     """Whether the backward pass reads the input, which then must not be overwritten."""
     return torch.is_grad_enabled() and (
         activation_code(activation) in SMOOTH or (bn.weight is not None and bn.weight.requires_grad)
@@ -43,7 +43,8 @@ def normalize(
     if residual is not None and not _is_plain_sum(input, residual):
         normalized = normalize(bn, input, overwrite, None, None, 0.0, False)
         return reference.activate(_add(normalized, residual, into), activation, negative_slope)
-    inplace = bn.inplace or (overwrite and not _input_is_saved(bn, activation))
+    saved = torch.is_grad_enabled() and input_is_saved(bn, activation)
+    inplace = bn.inplace or (overwrite and not saved)
     return bn.normalize(input, residual, activation, negative_slope, inplace)
 
 

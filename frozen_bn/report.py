@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ def _state(layer: nn.Module) -> tuple[str, str]:
     return counted, ", ".join(["frozen", *parts])
 
 
-def saved_bytes(module: nn.Module, *inputs: Any) -> int:
-    """The bytes of the tensors that one call of ``module`` saves for the backward pass, without
-    its parameters and buffers, each storage counted once. Runs ``module``."""
+def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
+    """The bytes of the tensors that ``forward`` saves for the backward pass, each storage counted
+    once; parameters and buffers of ``module`` are there anyway."""
     own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
     saved: dict[int, tuple[int, Tensor]] = {}  # holds on to them, or an address might recur
 
@@ -48,7 +49,7 @@ def saved_bytes(module: nn.Module, *inputs: Any) -> int:
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        module(*inputs)
+        forward()
     return sum(size for size, _ in saved.values())
 
 
@@ -95,7 +96,9 @@ def summary(module: nn.Module, *inputs: Any) -> str:
             pairs = f" ({count // 2} pairs)" if "branches" in counted else ""
             lines.append(f"{count} {counted.removeprefix('frozen, ')}{pairs}")
     if inputs:
-        before, now = saved_bytes(_live(module), *inputs), saved_bytes(module, *inputs)
+        live = _live(module)
+        before = saved_bytes(live, lambda: live(*inputs))
+        now = saved_bytes(module, lambda: module(*inputs))
         lines.append(
             f"saved for backward: {before / 2**20:.1f} MiB before, {now / 2**20:.1f} MiB now"
         )

@@ -1,0 +1,161 @@
+"""What ``benchmarks.bench_model`` times: the same network with its batch normalizations deleted,
+frozen by other means, and frozen by this package."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torchvision  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
+
+import frozen_bn
+
+DELETED = "BN deleted"
+EVAL = "BN in eval()"
+TORCHVISION = "torchvision FrozenBN"
+COMPILED = "torchvision, compiled"
+MMCV = "eval(), mmcv's trick"
+PLAIN = "frozen_bn"
+FUSED = "frozen_bn, fused"
+FOLDED = "frozen_bn, folded"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network, and what a training step feeds it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: int
+    size: int
+    detection: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.batch}x3x{self.size}x{self.size}"
+
+
+def _faster_rcnn() -> nn.Module:
+    model: nn.Module = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=800, max_size=800
+    )
+    return model
+
+
+WORKLOADS = {
+    "resnet18": Workload("ResNet-18", torchvision.models.resnet18, 4, 224),
+    "resnet50": Workload("ResNet-50", torchvision.models.resnet50, 4, 224),
+    "mobilenetv2": Workload("MobileNetV2", torchvision.models.mobilenet_v2, 4, 224),
+    "fasterrcnn": Workload("Faster R-CNN", _faster_rcnn, 2, 800, detection=True),
+}
+
+
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))]
+
+
+def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, make(child))
+    return module
+
+
+def _torchvision_frozen(bn: nn.Module) -> nn.Module:
+    frozen: nn.Module = FrozenBatchNorm2d(bn.num_features, bn.eps)
+    frozen.load_state_dict(bn.state_dict())
+    return frozen
+
+
+def _in_eval_mode(net: nn.Module) -> nn.Module:
+    for layer in _batch_norms(net):
+        layer.eval().requires_grad_(False)  # the affine is frozen in all of them
+    return net
+
+
+def _compiled(net: nn.Module) -> nn.Module:
+    # The rest of a detector is made of Python decisions, where compiling breaks off.
+    body = net.backbone if hasattr(net, "backbone") else net
+    body.compile()
+    return net
+
+
+def _with_mmcv_trick(net: nn.Module) -> nn.Module:
+    from mmengine.model.efficient_conv_bn_eval import (  # type: ignore[import-not-found]
+        turn_on_efficient_conv_bn_eval_for_single_model as turn_on,
+    )
+
+    turn_on(net.backbone.body if hasattr(net, "backbone") else net)
+    return net
+
+
+def _trained(net: nn.Module) -> nn.Module:
+    """Statistics and affine that leave activations about where they are, but are no identity."""
+    for layer in _batch_norms(net):
+        nn.init.uniform_(layer.weight, 0.8, 1.2)
+        nn.init.normal_(layer.bias, 0.0, 0.1)
+        layer.running_mean.normal_(0.0, 0.1)
+        layer.running_var.uniform_(0.8, 1.2)
+        layer.num_batches_tracked.fill_(1)
+    return net
+
+
+def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Module]:
+    """The contenders, with the same weights, all in train mode but for what has to be in eval."""
+    torch.manual_seed(0)
+    live = _trained(workload.build().train())
+
+    def frozen(**options: bool) -> nn.Module:
+        return frozen_bn.convert_frozen_bn(copy.deepcopy(live), **options)
+
+    def torchvision_net() -> nn.Module:
+        return _replace(copy.deepcopy(live), _torchvision_frozen)
+
+    nets = {
+        DELETED: _replace(copy.deepcopy(live), lambda bn: nn.Identity()),
+        EVAL: _in_eval_mode(copy.deepcopy(live)),
+        TORCHVISION: torchvision_net(),
+        PLAIN: frozen(),
+        FUSED: frozen(fuse=True),
+        FOLDED: frozen(fold_conv=True),
+    }
+    if compiled:
+        nets[COMPILED] = _compiled(torchvision_net())
+    try:
+        nets[MMCV] = _with_mmcv_trick(_in_eval_mode(copy.deepcopy(live)))
+    except ImportError:
+        warnings.warn("mmcv's trick is left out: pip install mmcv-lite", stacklevel=2)
+    return nets
+
+
+def loss_of(net: nn.Module, workload: Workload, device: torch.device) -> Callable[[], Tensor]:
+    """A function that runs ``net`` forward on inputs that are the same for all networks."""
+    generator = torch.Generator().manual_seed(1)
+    count, size = workload.batch, workload.size
+    images = torch.randn(count, 3, size, size, generator=generator).to(device)
+    if not workload.detection:
+        channels_last = next(p for p in net.parameters() if p.dim() == 4).is_contiguous(
+            memory_format=torch.channels_last
+        )
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(1000, (count,), generator=generator).to(device)
+        return lambda: torch.nn.functional.cross_entropy(net(images), labels)
+    corners = torch.rand(count, 8, 2, generator=generator) * size / 2
+    boxes = torch.cat([corners, corners + size / 4], -1).to(device)
+    targets = [
+        {"boxes": b, "labels": torch.ones(8, dtype=torch.long, device=device)} for b in boxes
+    ]
+
+    def loss() -> Tensor:
+        torch.manual_seed(2)  # proposals are sampled
+        losses: dict[str, Tensor] = net([*images], targets)
+        return torch.stack([*losses.values()]).sum()
+
+    return loss
