@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -205,6 +205,16 @@ class TracedForward:
         vars(self).update(state)
         self._functions = {}  # the owner may not be complete yet
 
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What it stands for; ``inspect`` reads the signature there."""
+        return MethodType(type(self.owner).forward, self.owner)
+
+    @property
+    def __code__(self) -> CodeType:
+        """torch.export looks for it."""
+        return self.__wrapped__.__code__
+
     def _applies(self, args: tuple[Any, ...]) -> bool:
         if not self._functions:
             self._compile()
@@ -215,12 +225,10 @@ class TracedForward:
             and not any(self._hooks)
             and all(_same(attributes.get(name, self), v) for name, v in self._constants)
             and [(*module._modules.values(),) for module in self._containers] == self._children
-            and not is_transformed()
             and not has_torch_function_variadic(*args)
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner = self.owner
-        if kwargs or not self._applies(args):
-            return type(owner).forward(owner, *args, **kwargs)
-        return self._functions[owner.training](owner, *args)
+        if kwargs or is_transformed() or not self._applies(args):
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+        return self._functions[self.owner.training](self.owner, *args)
