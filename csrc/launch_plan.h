@@ -21,9 +21,10 @@ namespace frozen_bn {
 constexpr int kPackSize = 8;
 constexpr int kThreads = 256;
 constexpr int kPacksPerThread = 2;  // planar
-constexpr int kTileSize = kThreads * kPacksPerThread * kPackSize;
+constexpr int kTilePacks = kThreads * kPacksPerThread;
+constexpr int kTileSize = kTilePacks * kPackSize;
 constexpr int kMaxBlockColumns = 64;
-constexpr int kMaxTileRuns = kTileSize / kPackSize + 2;  // runs that a tile can touch, planar
+constexpr int kMaxTileRuns = kTilePacks + 2;  // runs that a tile can touch, planar
 
 enum class Variant { kPlanar, kPeriodic };
 

@@ -40,7 +40,7 @@ def test_there_is_every_kind_of_kernel(kernels):
     names = [kernel.name for kernel in kernels]
     assert len(set(names)) == len(names)
     for dtype in ("float", "half", "bfloat16"):
-        assert f"forward_planar<{dtype}, relu>" in names
+        assert f"forward_planar<{dtype}, relu, true>" in names  # with a residual
 
 
 def test_nothing_spills(kernels):
@@ -63,7 +63,7 @@ def _vector_accesses(name: str) -> tuple[int, int]:
     kind, dtype, activation, *rest = re.split(r"[<>, ]+", name.rstrip(">"))
     smooth = activation in SMOOTH_NAMES
     if kind.startswith("forward"):
-        loads, stores = 2, 1  # input, residual; output
+        loads, stores = 1 + ("true" in rest), 1  # input, residual; output
     else:
         loads = 1 + (smooth or "true" in rest) + smooth  # grad_output; input; residual
         stores = 1 + (activation != "none")  # grad_input; grad_residual

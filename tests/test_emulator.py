@@ -245,6 +245,13 @@ NEGATIVE_ZERO = -0.0
 @pytest.mark.parametrize(
     ("body", "a", "b", "expected"),
     [
+        ("max.NaN.f32 %d, %a, %b;", 1.0, 2.0, 2.0),
+        ("max.NaN.f32 %d, %a, %b;", NEGATIVE_ZERO, 0.0, 0.0),
+        ("max.NaN.f32 %d, %a, %b;", 0.0, NEGATIVE_ZERO, 0.0),
+        ("max.NaN.f32 %d, %a, %b;", NEGATIVE_ZERO, NEGATIVE_ZERO, NEGATIVE_ZERO),
+        ("max.NaN.f32 %d, %a, %b;", NAN, 1.0, NAN),
+        ("max.NaN.f32 %d, %a, %b;", 1.0, NAN, NAN),
+        ("max.NaN.f32 %d, %a, %b;", -INF, 0.0, 0.0),
         ("add.f32 %d, %a, %b;", INF, -INF, NAN),
         ("add.f32 %d, %a, %b;", NEGATIVE_ZERO, NEGATIVE_ZERO, NEGATIVE_ZERO),
         ("add.f32 %d, %a, %b;", NEGATIVE_ZERO, 0.0, 0.0),
@@ -468,6 +475,9 @@ def test_to_half_rounds_ties_to_even(kind: str) -> None:
     assert_bits(run(f"cvt.rn.{kind}.f32 %d, %a;", "b16", a), expected)
     pairs = [high << 16 | low for high, low in zip(expected, expected[::-1], strict=True)]
     assert_bits(run(f"cvt.rn.{kind}x2.f32 %d, %a, %b;", "b32", a, a[::-1].copy()), pairs)
+    expected = [half_bits(kind, nearest(x)) if not x <= 0 else 0 for x in a.tolist()]
+    pairs = [high << 16 | low for high, low in zip(expected, expected[::-1], strict=True)]
+    assert_bits(run(f"cvt.rn.relu.{kind}x2.f32 %d, %a, %b;", "b32", a, a[::-1].copy()), pairs)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])

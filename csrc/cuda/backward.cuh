@@ -17,7 +17,7 @@ struct BackwardInputs {
       : grad_output(load<T>(p.grad_output, at)) {
     if (p.input) input = load<T>(p.input, at);
     if (p.residual) residual = load<T>(p.residual, at);
-    if (p.mask && at.element < p.index.numel) mask = p.mask[at.element / kPackSize];
+    if (p.mask && at.count > 0) mask = p.mask[at.number];
   }
 };
 
@@ -88,10 +88,11 @@ __device__ inline void reduce_runs(
   while (lanes < 32 && lanes < inner / kPackSize + 1) lanes *= 2;
   const uint32_t lane = threadIdx.x % lanes;
   const uint32_t runs_at_once = kThreads / lanes;
-  for (uint32_t first = 0; first < tile.runs; first += runs_at_once) {
+  for (uint32_t first = 0; tile.has(p.index, first); first += runs_at_once) {
     const uint32_t run = first + threadIdx.x / lanes;
     Sums sums;
-    if (run < tile.runs) {
+    const bool exists = tile.has(p.index, run);
+    if (exists) {
       // The run's elements are [begin, end) of the tile.
       const uint32_t begin = run == 0 ? 0 : run * inner - tile.skipped;
       const uint32_t end = min((run + 1) * inner - tile.skipped, tile.size);
@@ -105,7 +106,7 @@ __device__ inline void reduce_runs(
       const float centered = __shfl_down_sync(~0u, sums.centered, distance, lanes);
       sums.add(g, centered);
     }
-    if (lane == 0 && run < tile.runs) write_run_sums(p, tile, run, sums);
+    if (lane == 0 && exists) write_run_sums(p, tile, run, sums);
   }
 }
 
@@ -117,20 +118,21 @@ template <class T, Activation kAct, bool kSums>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_backward_planar_kernel(const __grid_constant__ BackwardParams p) {
   __shared__ PlanarTable table;
-  __shared__ Sums pack_sums[kSums ? kTileSize / kPackSize : 1][2];
-  const Tile tile(p.index, blockIdx.x);
-  traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>>(
-      p, table, tile, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
+  __shared__ Sums pack_sums[kSums ? kTilePacks : 1][2];
+  const Tile tile = traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>>(
+      p, table, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
         Sums first, second;
-        backward_pack<T, kAct>(p, at, inputs, channels, [&](int lane, float g, float centered) {
-          if constexpr (kSums) {
-            const bool is_first = channels.is_first(lane);
-            first.add(is_first ? g : 0.0f, is_first ? centered : 0.0f);
-            second.add(is_first ? 0.0f : g, is_first ? 0.0f : centered);
-          }
+        channels.with_channels(at.count, [&](const auto& channel_of) {
+          backward_pack<T, kAct>(p, at, inputs, channel_of, [&](int lane, float g, float centered) {
+            if constexpr (kSums) {
+              const bool is_first = channel_of.is_first(lane);
+              first.add(is_first ? g : 0.0f, is_first ? centered : 0.0f);
+              second.add(is_first ? 0.0f : g, is_first ? 0.0f : centered);
+            }
+          });
         });
         if constexpr (kSums) {
-          const uint32_t pack = static_cast<uint32_t>(at.element - tile.start) / kPackSize;
+          const uint32_t pack = at.number % kTilePacks;
           pack_sums[pack][0] = first;
           pack_sums[pack][1] = second;
         }

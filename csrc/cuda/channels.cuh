@@ -29,12 +29,10 @@ struct Scale {
     const float correction = 0.5f * inverse * rest;
     const float product = __fmul_rn(weight, inverse);
     const float product_lost = __fmaf_rn(weight, inverse, -product);
-    inv_std = inverse + finite_or_zero(correction);
-    scale = product + finite_or_zero(product_lost + weight * correction);
-  }
-
-  static __device__ float finite_or_zero(float x) {
-    return isfinite(x) ? x : 0.0f;
+    const float scale_correction = product_lost + weight * correction;
+    const bool finite = isfinite(scale_correction);  // or there is nothing to correct
+    inv_std = inverse + (finite ? correction : 0.0f);
+    scale = product + (finite ? scale_correction : 0.0f);
   }
 };
 
@@ -46,12 +44,24 @@ __device__ inline Channel find_channel(const BackwardParams& p, int64_t channel,
   return {row[0], row[p.index.channels], row[2 * p.index.channels]};
 }
 
+// One channel's values of the vectors.
+struct Vectors {
+  float mean, var, weight = 1, bias = 0;
+
+  template <class Load>
+  __device__ Vectors(const ForwardParams& p, int64_t channel, Load load)
+      : mean(load(p.mean, channel)), var(load(p.var, channel)) {
+    if (p.weight.data) weight = load(p.weight, channel);
+    if (p.bias.data) bias = load(p.bias, channel);
+  }
+};
+
 // Computed; saved for the backward as well if `save`.
 __device__ inline Channel find_channel(const ForwardParams& p, int64_t channel, bool save) {
-  const float weight = p.weight.data ? load_channel(p.weight, channel) : 1.0f;
-  const float bias = p.bias.data ? load_channel(p.bias, channel) : 0.0f;
-  const Scale scale(load_channel(p.var, channel), p.eps, weight);
-  const Channel found{load_channel(p.mean, channel), scale.scale, bias};
+  const Vectors v =
+      p.float_vectors ? Vectors(p, channel, load_float) : Vectors(p, channel, load_channel);
+  const Scale scale(v.var, p.eps, v.weight);
+  const Channel found{v.mean, scale.scale, v.bias};
   if (save && p.coefficients) {
     float* row = p.coefficients + channel;
     row[0] = found.mean;
@@ -61,6 +71,8 @@ __device__ inline Channel find_channel(const ForwardParams& p, int64_t channel, 
   }
   return found;
 }
+
+// What a pack needs of its channels: with_channels(body) hands body what gives it each lane's.
 
 // Where a pack lies in one channel, and where it spans two. is_first(lane) says which.
 struct OneChannel {
@@ -79,23 +91,45 @@ struct TwoChannels {
     return is_first(lane) ? first : second;
   }
   __device__ bool is_first(int lane) const {
-    return lane < split;
+    return lane == 0 || (lane < kPackSize - 1 && lane < split);
   }
 };
 
 // The channels of a tile's runs.
 struct PlanarTable {
-  Channel channels[kMaxTileRuns];
+  float4 channels[kMaxTileRuns];  // what is read together lies together
+
+  __device__ Channel operator[](uint32_t run) const {
+    const float4 found = channels[run];
+    return {found.x, found.y, found.z};
+  }
 
   // Each channel is saved where its run of the first sample begins.
   template <class Params>
   __device__ void fill(const Params& p, const Tile& tile) {
-    for (uint32_t run = threadIdx.x; run < tile.runs; run += kThreads) {
+    for (uint32_t run = threadIdx.x; tile.has(p.index, run); run += kThreads) {
       const RunPlace place = tile.place_of(p.index, run);
       const bool begins = run > 0 || tile.starts_run;
-      channels[run] = find_channel(p, place.channel, place.sample == 0 && begins);
+      const Channel found = find_channel(p, place.channel, place.sample == 0 && begins);
+      channels[run] = {found.mean, found.scale, found.bias, 0};
     }
     __syncthreads();
+  }
+};
+
+// The channels of one pack of a tile, which starts behind the first `passed` elements of a run.
+struct PlanarChannels {
+  const PlanarTable& table;
+  uint32_t run, passed, inner;
+
+  template <class Body>
+  __device__ void with_channels(uint32_t count, Body body) const {
+    const Channel first = table[run];
+    if (passed <= inner - count) [[likely]] {
+      body(OneChannel{first});
+    } else {
+      body(TwoChannels{first, table[run + 1], inner - passed});
+    }
   }
 };
 
@@ -140,6 +174,11 @@ struct EightChannels {
     return {mean[lane], scale[lane], bias[lane]};
   }
 
+  template <class Body>
+  __device__ void with_channels(uint32_t, Body body) const {
+    body(*this);
+  }
+
   static __device__ void read(float (&to)[kPackSize], const float* from) {
 #pragma unroll
     for (int k = 0; k < kPackSize; k += 4) {
@@ -161,6 +200,11 @@ struct SharedChannels {
   __device__ Channel operator()(int lane) const {
     const uint32_t i = threadIdx.x * kPackSize + lane;
     return {read(table.mean[i]), read(table.scale[i]), read(table.bias[i])};
+  }
+
+  template <class Body>
+  __device__ void with_channels(uint32_t, Body body) const {
+    body(*this);
   }
 
   static __device__ float read(const volatile float& value) {

@@ -17,36 +17,41 @@ struct RunPlace {
 // Planar: one block's tile of the storage. Its runs (one channel of one sample each) are numbered
 // from 0; all arithmetic within the tile is 32-bit, whatever the size of the tensor.
 struct Tile {
-  int64_t start;      // element
   int64_t first_run;  // number in the tensor
   uint32_t size;      // elements
   uint32_t skipped;   // elements of the first run before the tile, as far as they matter in it
-  uint32_t runs;
-  bool starts_run;  // the first run begins with the tile
+  bool starts_run;    // the first run begins with the tile
 
-  __device__ Tile(const Index& index, uint32_t number) : start(int64_t{number} * kTileSize) {
-    if (index.wide) {
+  __device__ Tile(const Index& index, uint32_t number, uint32_t size) : size(size) {
+    if (index.wide) [[unlikely]] {
+      const int64_t start = int64_t{number} * kTileSize;  // element
       first_run = start / index.inner;
+      skip(start - first_run * index.inner, index.beyond_tile);
     } else {
-      first_run = divide(static_cast<uint32_t>(start), index.by_inner);
+      const uint32_t start = number * kTileSize, run = divide(start, index.by_inner);
+      first_run = run;
+      skip<int32_t>(start - run * index.by_inner.divisor, index.beyond_tile);
     }
-    const int64_t before = start - first_run * index.inner;  // elements of the first run
-    starts_run = before == 0;
-    // As if the run were no longer than a tile: before - (inner - tile_inner), or 0.
-    const int64_t relevant = before - index.inner + index.tile_inner;
-    skipped = relevant > 0 ? static_cast<uint32_t>(relevant) : 0;
-    const int64_t rest = index.numel - start;
-    size = rest < kTileSize ? static_cast<uint32_t>(rest) : kTileSize;
-    runs = divide(size - 1 + skipped, index.by_tile_inner) + 1;
   }
 
-  // Of each thread's packs, neighbours in memory are neighbours in the warp.
-  static __device__ uint32_t pack_offset(int k) {
-    return (k * kThreads + threadIdx.x) * kPackSize;
+  // `before`: elements of the first run before the tile.
+  template <class Int>
+  __device__ void skip(Int before, Int beyond_tile) {
+    starts_run = before == 0;
+    skipped = static_cast<uint32_t>(max(before - beyond_tile, Int{0}));
+  }
+
+  __device__ bool has(const Index& index, uint32_t run) const {
+    return run * index.tile_inner < size + skipped;
+  }
+
+  // The thread's k-th pack: neighbours in memory are neighbours in the warp.
+  static __device__ uint32_t pack(int k) {
+    return threadIdx.x + k * kThreads;
   }
 
   __device__ RunPlace place_of(const Index& index, uint32_t run) const {
-    if (index.wide) {
+    if (index.wide) [[unlikely]] {
       const int64_t number = first_run + run, sample = number / index.channels;
       return {sample, number - sample * index.channels};
     }
@@ -60,14 +65,14 @@ struct Tile {
 struct Column {
   uint32_t number;
   bool exists;    // else it is only there to fill the block
-  int64_t first;  // element
-  int64_t step;   // elements from pack to pack
+  int64_t first;  // pack
+  int64_t step;   // to the next pack
 
   __device__ explicit Column(const Index& index)
       : number(blockIdx.x * blockDim.x + threadIdx.x), exists(number < index.columns) {
-    const int64_t row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y;
-    first = (row * index.columns + number) * kPackSize;
-    step = int64_t{gridDim.y} * blockDim.y * index.columns * kPackSize;
+    const uint32_t row = blockIdx.y * blockDim.y + threadIdx.y, rows = gridDim.y * blockDim.y;
+    first = row * index.columns + number;
+    step = rows * index.columns;
   }
 };
 

@@ -27,7 +27,7 @@ void launch(Kernel kernel, const LaunchPlan& plan, const Params& params, cudaStr
 
 }  // namespace
 
-Index make_index(const Layout& layout, const LaunchPlan& plan) {
+Index make_index(const Layout& layout, const LaunchPlan& plan, bool vector_access) {
   Index index{};
   index.numel = layout.numel;
   index.inner = layout.inner;
@@ -38,8 +38,12 @@ Index make_index(const Layout& layout, const LaunchPlan& plan) {
     index.by_channels = FastDivisor(static_cast<uint32_t>(layout.channels));
   }
   index.tile_inner = static_cast<uint32_t>(std::min<int64_t>(layout.inner, kTileSize));
+  index.beyond_tile = layout.inner - index.tile_inner;
   index.by_tile_inner = FastDivisor(index.tile_inner);
+  index.whole_tiles = vector_access ? static_cast<uint32_t>(layout.numel / kTileSize) : 0;
+  index.whole_packs = vector_access ? layout.numel / kPackSize : 0;
   index.columns = plan.columns;
+  index.vector_access = vector_access;
   return index;
 }
 
@@ -48,10 +52,14 @@ cudaError_t launch_forward(
     cudaStream_t stream) {
   return dispatch(dtype, activation, [&](auto* storage, auto act) {
     using T = std::remove_pointer_t<decltype(storage)>;
-    launch(
-        plan.variant == Variant::kPlanar ? frozen_bn_forward_planar_kernel<T, act.value>
-                                         : frozen_bn_forward_periodic_kernel<T, act.value>,
-        plan, params, stream);
+    const auto with_residual = [&](auto residual) {
+      launch(
+          plan.variant == Variant::kPlanar
+              ? frozen_bn_forward_planar_kernel<T, act.value, residual.value>
+              : frozen_bn_forward_periodic_kernel<T, act.value, residual.value>,
+          plan, params, stream);
+    };
+    params.residual ? with_residual(std::true_type{}) : with_residual(std::false_type{});
   });
 }
 

@@ -8,7 +8,8 @@
 
 namespace frozen_bn::cuda {
 
-Index make_index(const Layout& layout, const LaunchPlan& plan);
+// `vector_access`: every tensor is aligned to 16 bytes.
+Index make_index(const Layout& layout, const LaunchPlan& plan, bool vector_access);
 
 cudaError_t launch_forward(
     Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardParams& params,

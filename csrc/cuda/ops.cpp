@@ -66,7 +66,6 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   if (layout.numel == 0) return;
   const LaunchPlan plan = plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
   ForwardParams params{};
-  params.index = make_index(layout, plan);
   params.input = a.input.data_ptr();
   params.residual = data_or_null(a.residual);
   params.output = a.output.data_ptr();
@@ -76,9 +75,14 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   params.var = channel_vector(a.running_var);
   params.weight = channel_vector(a.weight);
   params.bias = channel_vector(a.bias);
+  params.float_vectors = true;
+  for (const ChannelVector& v : {params.mean, params.var, params.weight, params.bias}) {
+    params.float_vectors &= v.dtype == Dtype::kFloat;
+  }
   params.eps = static_cast<float>(a.eps);
   params.negative_slope = static_cast<float>(a.negative_slope);
-  params.vector_access = is_aligned({params.input, params.residual, params.output});
+  params.index =
+      make_index(layout, plan, is_aligned({params.input, params.residual, params.output}));
   check_cuda(
       "forward", launch_forward(dtype_of(a.input), a.activation, plan, params, device.stream()));
 }
@@ -117,7 +121,6 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
         a.coefficients, {plan.partial_rows, 2, plan.partial_width}, ScalarType::Float);
   }
   BackwardParams params{};
-  params.index = make_index(layout, plan);
   params.grad_output = a.grad_output.data_ptr();
   params.input = needs_input(a.activation) || a.grad_weight ? data_or_null(a.input) : nullptr;
   params.residual = needs_input(a.activation) ? data_or_null(a.residual) : nullptr;
@@ -129,8 +132,11 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
   params.partial_width = plan.partial_width;
   params.segments = static_cast<uint32_t>(plan.segments);
   params.negative_slope = static_cast<float>(a.negative_slope);
-  params.vector_access = is_aligned(
-      {params.grad_output, params.input, params.residual, params.grad_input, params.grad_residual});
+  params.index = make_index(
+      layout, plan,
+      is_aligned(
+          {params.grad_output, params.input, params.residual, params.grad_input,
+           params.grad_residual}));
   check_cuda(
       "backward",
       launch_backward(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));

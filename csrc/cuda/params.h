@@ -39,9 +39,14 @@ struct Index {
   FastDivisor by_inner;     // periodic, and where not wide
   FastDivisor by_channels;  // likewise
   uint32_t tile_inner;      // min(inner, kTileSize)
+  int64_t beyond_tile;      // inner - tile_inner
   FastDivisor by_tile_inner;
+  // What can be accessed as vectors: none if a tensor is not aligned to 16 bytes.
+  uint32_t whole_tiles;  // planar
+  int64_t whole_packs;
   int64_t columns;
   bool wide;
+  bool vector_access;
 };
 
 // [C], of any floating type.
@@ -58,9 +63,9 @@ struct ForwardParams {
   uint8_t* mask;        // or null; one byte a pack
   float* coefficients;  // or null; [kRows, C]
   ChannelVector mean, var, weight, bias;
+  bool float_vectors;  // all of them
   float eps;
   float negative_slope;
-  bool vector_access;  // every tensor is aligned to 16 bytes
 };
 
 struct BackwardParams {
@@ -76,7 +81,6 @@ struct BackwardParams {
   int64_t partial_width;
   uint32_t segments;
   float negative_slope;
-  bool vector_access;
 };
 
 struct ReduceParams {

@@ -11,7 +11,7 @@ namespace {
 template <class Inputs, int kInFlight, class Params, class At, class Body>
 __device__ void traverse_tile(
     const Params& p, PlanarTable& table, const Tile& tile, At at, Body body) {
-#pragma unroll 1
+#pragma unroll
   for (int first = 0; first < kPacksPerThread; first += kInFlight) {
     Inputs inputs[kInFlight];
 #pragma unroll
@@ -21,31 +21,32 @@ __device__ void traverse_tile(
     for (int k = 0; k < kInFlight; ++k) {
       const auto here = at(first + k);
       if (here.count == 0) continue;
-      const uint32_t place = Tile::pack_offset(first + k) + tile.skipped;
+      const uint32_t place = Tile::pack(first + k) * kPackSize + tile.skipped;
       const uint32_t run = divide(place, p.index.by_tile_inner);
-      const uint32_t left = (run + 1) * p.index.tile_inner - place;  // elements of the run
-      const Channel* channel = table.channels + run;
-      if (left >= here.count) {
-        body(here, inputs[k], OneChannel{channel[0]});
-      } else {
-        body(here, inputs[k], TwoChannels{channel[0], channel[1], left});
-      }
+      const uint32_t passed = place - run * p.index.tile_inner;
+      body(here, inputs[k], PlanarChannels{table, run, passed, p.index.tile_inner});
     }
   }
 }
 
+// Returns the block's tile.
 template <class Inputs, int kInFlight, class Params, class Body>
-__device__ void traverse_planar(const Params& p, PlanarTable& table, const Tile& tile, Body body) {
-  if (p.vector_access && tile.size == kTileSize) {
-    const auto at = [&](int k) { return WholePack{tile.start + Tile::pack_offset(k)}; };
+__device__ Tile traverse_planar(const Params& p, PlanarTable& table, Body body) {
+  if (blockIdx.x < p.index.whole_tiles) [[likely]] {
+    const Tile tile(p.index, blockIdx.x, kTileSize);
+    const int64_t first = int64_t{blockIdx.x} * kTilePacks + Tile::pack(0);
+    const auto at = [&](int k) { return WholePack{{first + k * kThreads}}; };
     traverse_tile<Inputs, kInFlight>(p, table, tile, at, body);
-  } else {
-    const auto at = [&](int k) {
-      const uint32_t offset = Tile::pack_offset(k);
-      return AnyPack(tile.start + offset, int64_t{tile.size} - offset, p.vector_access);
-    };
-    traverse_tile<Inputs, 1>(p, table, tile, at, body);
+    return tile;
   }
+  const int64_t rest = p.index.numel - int64_t{blockIdx.x} * kTileSize;
+  const Tile tile(p.index, blockIdx.x, static_cast<uint32_t>(min(rest, int64_t{kTileSize})));
+  const auto at = [&](int k) {
+    const auto left = static_cast<int32_t>(tile.size - Tile::pack(k) * kPackSize);
+    return AnyPack(int64_t{blockIdx.x} * kTilePacks + Tile::pack(k), left, p.index.vector_access);
+  };
+  traverse_tile<Inputs, 1>(p, table, tile, at, body);
+  return tile;
 }
 
 // The thread's channels stay in registers, or in shared memory where the body needs those itself.
@@ -56,24 +57,24 @@ __device__ void traverse_periodic(
   if (!column.exists) return;
   const std::conditional_t<kInShared, SharedChannels, EightChannels> channels(table);
   int64_t i = column.first;
-  if (p.vector_access) {
-    const int64_t reach = (kInFlight - 1) * column.step + kPackSize;
-    for (; i + reach <= p.index.numel; i += kInFlight * column.step) {
-      Inputs inputs[kInFlight];
+  const int64_t ahead = (kInFlight - 1) * column.step;
+#pragma unroll 1
+  for (; i + ahead < p.index.whole_packs; i += kInFlight * column.step) {
+    Inputs inputs[kInFlight];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) inputs[k] = Inputs(p, WholePack{i + k * column.step});
+    for (int k = 0; k < kInFlight; ++k) inputs[k] = Inputs(p, WholePack{{i + k * column.step}});
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) body(WholePack{i + k * column.step}, inputs[k], channels);
-    }
-    if constexpr (kInFlight > 1) {
-      for (; i + kPackSize <= p.index.numel; i += column.step) {
-        const WholePack at{i};
-        body(at, Inputs(p, at), channels);
-      }
+    for (int k = 0; k < kInFlight; ++k) body(WholePack{{i + k * column.step}}, inputs[k], channels);
+  }
+  if constexpr (kInFlight > 1) {
+    for (; i < p.index.whole_packs; i += column.step) {
+      const WholePack at{{i}};
+      body(at, Inputs(p, at), channels);
     }
   }
-  for (; i < p.index.numel; i += column.step) {
-    const AnyPack at(i, p.index.numel - i, p.vector_access);
+#pragma unroll 1
+  for (int64_t left; (left = p.index.numel - i * kPackSize) > 0; i += column.step) {
+    const AnyPack at(i, left, p.index.vector_access);
     body(at, Inputs(p, at), channels);
   }
 }

@@ -229,6 +229,10 @@ class _Compiler:
         return self._arithmetic(np.minimum, floats=False)
 
     def op_max(self) -> Step:
+        if self.take("NaN"):
+            if self.modifiers != ["f32"]:
+                raise self.refuse()
+            return self._arithmetic(values.maximum_or_nan)
         return self._arithmetic(np.maximum, floats=False)
 
     def op_neg(self) -> Step:
@@ -387,27 +391,32 @@ class _Compiler:
     def op_cvt(self) -> Step:
         rounding = self.take("rn", "rzi", "rni")
         saturate = self.take("sat") is not None
+        relu = self.take("relu") is not None
         if len(self.modifiers) != 2:
             raise self.refuse()
         to, origin = self.modifiers
         if to in ("f16x2", "bf16x2") and origin == "f32" and rounding == "rn":
-            return self._convert_two(to)
-        convert = _conversion(to, origin, rounding, saturate)
+            return self._convert_two(to, relu)
+        convert = None if relu else _conversion(to, origin, rounding, saturate)
         if convert is None:
             raise self.refuse()
         source, write = self.source(self.operands[1], origin), self.write(self.operands[0])
         return lambda lanes: write(lanes, convert(source(lanes)))
 
-    def _convert_two(self, to: str) -> Step:
+    def _convert_two(self, to: str, relu: bool) -> Step:
+        """With ``relu``, negative numbers (and -0) become 0."""
         convert = _conversion(to.removesuffix("x2"), "f32", "rn", False)
         assert convert is not None
         upper, lower = self.sources("f32")
         write = self.write(self.operands[0])
 
+        def half(source: Source, lanes: Lanes) -> Value:
+            x = source(lanes)
+            x = np.where(x <= 0, np.float32(0), x)[()] if relu else x
+            return values.bits_of(convert(x)).astype(np.uint32)
+
         def step(lanes: Lanes) -> None:
-            high, low = (
-                values.bits_of(convert(s(lanes))).astype(np.uint32) for s in (upper, lower)
-            )
+            high, low = half(upper, lanes), half(lower, lanes)
             write(lanes, (high << np.uint32(16)) | low)
 
         return step

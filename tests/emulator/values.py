@@ -85,6 +85,13 @@ def from_bfloat16(bits: Value) -> Value:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def maximum_or_nan(a: Value, b: Value) -> Value:
+    """``max.NaN.f32``: NaN if either is, and 0 is more than -0."""
+    nan = np.uint32(0x7FFFFFFF).view(np.float32)
+    greater = np.where((a > b) | ((a == b) & ~np.signbit(a)), a, b)
+    return np.where(np.isnan(a) | np.isnan(b), nan, greater)[()]
+
+
 def exp2_approximate(x: Value, flush: bool) -> Value:
     """``ex2.approx``: here to the nearest; hardware is within 2 units in the last place."""
     tiny = np.finfo(np.float32).tiny
