@@ -58,7 +58,7 @@ class Emulated:
     partial_sums: int  # written and read back
     all_sectors: int  # of every tensor: what the L2 cache is asked for
     requested: int  # sectors of the activations, one access at a time: what the L1 cache is asked
-    instructions: int  # of PTX that stand for machine instructions, summed over threads
+    instructions: int  # of PTX, summed over threads
     narrow: int  # activation elements that were not moved in 16-byte accesses
     launches: int
 
@@ -139,7 +139,7 @@ def _summarise(case: Case, shape: Shape, launches: Iterable[Any]) -> Emulated:
     itemsize = DTYPES[case.dtype].itemsize
     for launch in launches:
         number += 1
-        instructions += launch.issued
+        instructions += launch.instructions
         for (region, _), count in launch.requested.items():
             requested[region] += SECTOR * count
         touched: Counter[str] = Counter()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import the_emulator
+from emulator import huge
 from emulator.runtime import Emulator
 from torch import Tensor
 
@@ -86,6 +87,11 @@ def test_64_bit_arithmetic_gives_the_same(shape, dtype, channels_last, activatio
     arguments = (shape, dtype, channels_last, activation)
     wide = output_and_gradients(the_emulator(wide=True), *arguments)
     assert_same_bits(wide, output_and_gradients(the_emulator(), *arguments))
+
+
+@pytest.mark.parametrize("case", huge.HUGE, ids=["planar", "periodic"])
+def test_indices_beyond_32_bits(case):
+    huge.compare(the_emulator(), case)
 
 
 @shapes

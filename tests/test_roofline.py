@@ -23,9 +23,6 @@ peers = pytest.importorskip("benchmarks.peers")
 MOST_ELEMENTS = 1 << 16
 MOST_SECTORS = 1.02
 MOST_INSTRUCTIONS = 150
-#: What misses that, and by how much: halves on 7x7 maps, where a tile has 84 channels, and every
-#: sixth pack spans two.
-SHORTFALLS = {(dtype, "contiguous", (16, 2048, 7, 7)): 152 for dtype in ("fp16", "bf16")}
 #: Packs of three channels; 5 elements beyond the last pack; a pack a channel in part.
 ODD_SHAPES = ((1, 3, 200, 304), (1, 37, 7, 7), (1, 64, 2, 2))
 SHAPES = (*traffic.SHAPES, *ODD_SHAPES)
@@ -90,8 +87,7 @@ def test_activations_move_16_bytes_at_a_time(emulator, count, kind):
 @pytest.mark.parametrize("kind", [k for k in KINDS if k[-1] not in ODD_SHAPES], ids=_name)
 def test_instructions_of_a_pack(emulator, count, kind):
     _, passes = _passes(emulator, count, kind)
-    most = SHORTFALLS.get(kind, MOST_INSTRUCTIONS)
-    assert passes["forward"].instructions_per_pack <= most
+    assert passes["forward"].instructions_per_pack <= MOST_INSTRUCTIONS
 
 
 def test_launches(emulator, count, kind):

@@ -31,16 +31,11 @@ class EmulationError(RuntimeError):
     """A kernel did what it must not; says where."""
 
 
-#: Registers that are read by an instruction of their own.
-SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid")
-
-
 @dataclass
 class Counters:
     """What one launch did.
 
-    ``instructions`` are PTX instructions summed over threads; ``issued`` leaves out those that
-    stand for no machine instruction (:func:`costs_nothing`). ``accesses`` counts the threads that
+    ``instructions`` are PTX instructions summed over threads. ``accesses`` counts the threads that
     accessed global memory, by (region, "load", "store" or "atomic", bytes a thread). ``requested``
     counts the 32-byte sectors that warp-wide accesses touch, one access at a time; ``sectors``
     counts a sector once a warp and launch, as an L1 cache line serves neighbouring accesses.
@@ -49,25 +44,12 @@ class Counters:
     kernel: str = ""
     threads: int = 0
     instructions: int = 0
-    issued: int = 0
     branches: int = 0  # of warps, where they can go either way
     divergent_branches: int = 0
     barriers: int = 0  # of blocks
     accesses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     requested: Counter[tuple[str, str]] = field(default_factory=Counter)
     sectors: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-
-def costs_nothing(instruction: Instruction) -> bool:
-    """Whether the machine code has nothing for it: parameters are operands in constant memory,
-    global addresses are generic ones, and moves are a matter of allocating registers."""
-    name = instruction.opcode[0]
-    special = instruction.operands and instruction.operands[-1].startswith(SPECIAL)
-    return (
-        name == "cvta"
-        or instruction.opcode[:2] == ("ld", "param")
-        or (name == "mov" and not special)
-    )
 
 
 @dataclass
@@ -77,10 +59,6 @@ class Block:
     steps: list[tuple[Instruction, Step]]
     end: Instruction | None
     target: int  # where a taken branch goes
-
-    def __post_init__(self) -> None:
-        paid = [not costs_nothing(instruction) for instruction, _ in self.steps]
-        self.issued = sum(paid) + (self.end is not None)
 
 
 class Program:
@@ -332,13 +310,16 @@ class Launch:
         seed: int | None = None,
         count_sectors: bool = False,
         max_steps: int = 1_000_000,
+        blocks: range | None = None,
     ) -> None:
+        """``blocks``: those to run, if not all."""
         self.program, self.kernel = program, program.kernel
         self.grid, self.block, self.parameters, self.memory = grid, block, parameters, memory
         self.threads_per_block = int(np.prod(block))
         self.counters = Counters(self.kernel.name, int(np.prod(grid)) * self.threads_per_block)
         self.random = None if seed is None else np.random.default_rng(seed)
         self.max_steps = max_steps
+        self.blocks = range(int(np.prod(grid))) if blocks is None else blocks
         self._count_sectors = count_sectors
         self._touched: dict[tuple[str, str], list[NDArray]] = {}
 
@@ -348,12 +329,12 @@ class Launch:
         Raises:
             EmulationError: with kernel, source line, block, thread and address.
         """
-        blocks = int(np.prod(self.grid))
+        blocks = self.blocks
         together = max(1, _MAX_LANES // self.threads_per_block)
         self.memory.watch(self.threads_per_block)
         with np.errstate(all="ignore"):
-            for first in range(0, blocks, together):
-                _Run(self, Lanes(self, first, min(together, blocks - first))).run()
+            for first in blocks[::together]:
+                _Run(self, Lanes(self, first, min(together, blocks.stop - first))).run()
         for key, keys in self._touched.items():
             self.counters.sectors[key] = np.unique(np.concatenate(keys)).size
         return self.counters
@@ -440,7 +421,6 @@ class _Run:
         lanes.active = active
         size = lanes.count if active is None else active.size
         counters.instructions += size * (len(block.steps) + (block.end is not None))
-        counters.issued += size * block.issued
         for instruction, step in block.steps:
             try:
                 step(lanes)

@@ -43,6 +43,7 @@ class Region:
         self.begin, self.end = begin, base + data.size
         self.data = data
         self.initialised = np.zeros(-(-data.size // unit), bool)
+        self.written = np.zeros_like(self.initialised)  # by kernels
         self._complete = False  # all of it is initialised
         self.writable = True
         self.races: RaceDetector | None = None
@@ -115,7 +116,7 @@ class Region:
             races = self.races.write(units, by, per_lane)
             what = "write of what another thread read or wrote"
             self._check_races(races, addresses, per_lane, what)
-        self.initialised[units] = True
+        self.initialised[units] = self.written[units] = True
         elements = self.data.view(values.dtype)
         elements[(offsets // values.itemsize)[:, None] + np.arange(values.shape[1])] = values
 

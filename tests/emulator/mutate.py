@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import frozen_bn
-from emulator import runtime
+from emulator import huge, runtime
 from emulator.machine import EmulationError
 
 TESTS = Path(__file__).parents[1]
@@ -53,16 +53,23 @@ MUTATIONS = [
     ),
     Mutation(
         "a mask bit dropped", "cuda/forward.cuh",
-        "uint32_t{blocked<kAct>(z)}", "uint32_t{k != 5 && blocked<kAct>(z)}",
+        "uint32_t{blocked<kAct>(z.lane[k])}", "uint32_t{k != 5 && blocked<kAct>(z.lane[k])}",
+    ),
+    Mutation(
+        "a mask bit of ReLU misplaced", "cuda/forward.cuh",
+        "FROZEN_BN_LANE(6, 32)", "FROZEN_BN_LANE(6, 16)",
+    ),
+    Mutation(
+        "ReLU forgotten in a tail", "cuda/packs.cuh",
+        "kRelu ? relu(x.lane[k]) : x.lane[k]", "x.lane[k]",
     ),
     Mutation(
         "wrong channel at a boundary", "cuda/channels.cuh",
-        "return lane < split;", "return lane <= split;",
+        "lane < split);", "lane <= split);",
     ),
     Mutation(
         "no barrier behind the table", "cuda/channels.cuh",
-        "place.sample == 0 && begins);\n    }\n    __syncthreads();",
-        "place.sample == 0 && begins);\n    }",
+        "found.bias, 0};\n    }\n    __syncthreads();", "found.bias, 0};\n    }",
     ),
     Mutation(
         "no barrier before a tile's sums", "cuda/backward.cuh",
@@ -104,7 +111,15 @@ MUTATIONS = [
         "first_row + tile_number - first_tile;", "first_row;",
     ),
     Mutation(
-        "residual ignored", "cuda/forward.cuh", ") + residual.lane[k];", ");",
+        "residual ignored", "cuda/forward.cuh", "x.lane[k] += residual.lane[k];", ";",
+    ),
+    Mutation(
+        "32-bit overflow of a tile's start", "cuda/index.cuh",
+        "int64_t{number} * kTileSize", "number * kTileSize",
+    ),
+    Mutation(
+        "32-bit overflow of an element's index", "cuda/packs.cuh",
+        "+ number * kPackSize", "+ static_cast<uint32_t>(number) * kPackSize",
     ),
     Mutation(
         "wrong run", "cuda/index.cuh",
@@ -198,6 +213,11 @@ def check(library: Path) -> str | None:
             kind = str(configuration.dtype).removeprefix("torch.")
             text = " ".join(str(error).split())
             return f"{type(error).__name__} at {shape} {kind}: {text}"
+    for case in huge.HUGE:
+        try:
+            huge.compare(emulator, case)
+        except (AssertionError, EmulationError) as error:
+            return f"{type(error).__name__} at {case}: {' '.join(str(error).split())}"
     return None
 
 

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,24 +132,29 @@ class _Observer(TorchDispatchMode):
 
 def register(
     memory: AddressSpace, name: str, tensor: Tensor, *, initialised: bool, writable: bool
-) -> Region | None:
-    """Makes a tensor known to the emulator. What is not dense never reaches a kernel."""
+) -> NDArray[np.bool_] | None:
+    """Makes a tensor known to the emulator. What is not dense never reaches a kernel.
+
+    Returns which units of its memory kernels have written, as the launches go on.
+    """
     if tensor.numel() == 0 or not is_non_overlapping_and_dense_or_false(tensor):
         return None
     size = tensor.numel() * tensor.element_size()
     region = memory.add(Region.at(name, tensor.data_ptr(), size, tensor.element_size()))
-    if initialised:
-        start = (tensor.data_ptr() - region.base) // region.unit
-        region.initialised[start : start + size // region.unit] = True
+    start = (tensor.data_ptr() - region.base) // region.unit
+    mine = slice(start, start + size // region.unit)
+    region.initialised[mine] |= initialised
     region.writable |= writable
-    return region
+    return region.written[mine]
 
 
 class Emulator:
     """The operators ``forward`` and ``backward`` of ``csrc/cuda`` on CPU tensors.
 
     ``launches`` collects what the kernels did since it was last cleared. With ``seed``, warps run
-    in a random order; with ``count_sectors``, memory traffic is counted (slower).
+    in a random order; with ``count_sectors``, memory traffic is counted (slower). With ``part``
+    (blocks, slices, numel), only these blocks run, and of tensors of ``numel`` elements, or as many
+    bits, they may touch only these slices.
     """
 
     def __init__(self, library: Path) -> None:
@@ -169,6 +176,7 @@ class Emulator:
         self.launches: list[Counters] = []
         self.seed: int | None = None
         self.count_sectors = False
+        self.part: tuple[range, list[slice], int] | None = None
 
     def _program(self, name: str) -> Program:
         if name not in self._programs:
@@ -192,6 +200,7 @@ class Emulator:
                 self._memory,
                 seed=self.seed,
                 count_sectors=self.count_sectors,
+                blocks=self.part and self.part[0],
             )
             self.launches.append(launch.run())
         except Exception as error:  # must not cross into C++
@@ -208,11 +217,14 @@ class Emulator:
             for (name, written), tensor in zip(names, arguments, strict=True)
             if isinstance(tensor, Tensor)
         ]
-        regions = []
+        outputs = []
         for name, tensor, written in sorted(tensors, key=lambda t: t[2]):  # inputs first
-            region = register(self._memory, name, tensor, initialised=not written, writable=written)
-            if written and region is not None:
-                regions.append((name, tensor, region))
+            for piece in self._pieces(tensor):
+                mine = register(
+                    self._memory, name, piece, initialised=not written, writable=written
+                )
+                if written and mine is not None:
+                    outputs.append((name, mine))
         try:
             with _Observer(self._memory):
                 operator._op_dk(torch._C.DispatchKey.CPU, *arguments)
@@ -222,8 +234,18 @@ class Emulator:
         if self._error is not None:
             raise self._error
         if arguments[0].numel() > 0:
-            for name, tensor, region in regions:
-                _check_written(name, tensor, region)
+            for name, mine in outputs:
+                _check_written(name, mine)
+
+    def _pieces(self, tensor: Tensor) -> list[Tensor]:
+        """What of a tensor the kernels may touch."""
+        if self.part is not None:
+            _, slices, numel = self.part
+            if tensor.numel() == numel:
+                return [tensor.view(-1)[s] for s in slices]
+            if tensor.numel() == -(-numel // 8):
+                return [tensor[s.start // 8 : -(-s.stop // 8)] for s in slices]
+        return [tensor]
 
     def set_multiprocessors(self, count: int = 132) -> None:
         """Of the emulated device, which the launch plans depend on."""
@@ -257,11 +279,6 @@ class Emulator:
             functional._forward, functional._backward = before
 
 
-def _check_written(name: str, tensor: Tensor, region: Region) -> None:
-    start = (tensor.data_ptr() - region.base) // region.unit
-    written = region.initialised[
-        start : start + tensor.numel() * tensor.element_size() // region.unit
-    ]
+def _check_written(name: str, written: NDArray[np.bool_]) -> None:
     if not written.all():
-        first = int((~written).argmax())
-        raise EmulationError(f"element {first} of {name} was never written")
+        raise EmulationError(f"element {int((~written).argmax())} of {name} was never written")
