@@ -3,6 +3,8 @@
 //
 //   y = act((x - mean) * scale + bias + residual),   scale = weight / sqrt(var + eps)
 //
+// In a pair, the residual is normalized as well, with statistics of its own.
+//
 // `T` is float, double, or a GCC/Clang vector of them; a comparison then gives a bool or a lane
 // mask, and `?:` selects on either.
 #pragma once
@@ -22,6 +24,14 @@ namespace frozen_bn {
 // The order is that of ACTIVATIONS in frozen_bn/checks.py.
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish };
 constexpr int64_t kActivations = 6;
+
+// Rows of the coefficients tensor, [kRows, C] in the dtype of the arithmetic: all that the
+// backward needs of the channels, safe from later changes to the buffers that it came from.
+enum CoefficientRow : int64_t { kMean, kScale, kBias, kInvStd, kRows };
+
+// Of a pair they are [kPairRows, C]: kMean, kScale, the sum of both biases as kBias, and these.
+// (Nothing there needs kInvStd: it has no affine gradients.)
+enum PairCoefficientRow : int64_t { kResidualMean = kBias + 1, kResidualScale, kPairRows };
 
 // Piecewise-linear: the gradient needs one bit an element.
 FROZEN_BN_INLINE constexpr bool needs_mask(Activation a) {

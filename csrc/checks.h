@@ -15,10 +15,6 @@
 
 namespace frozen_bn {
 
-// Rows of the coefficients tensor, [kRows, C] in the dtype of the arithmetic: all that the
-// backward needs of the channels, safe from later changes to the buffers that it came from.
-enum CoefficientRow : int64_t { kMean, kScale, kBias, kInvStd, kRows };
-
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -121,6 +117,10 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   check_device(op, name, t, input);
 }
 
+inline void check_not_given(const char* op, const char* name, const std::optional<Tensor>& t) {
+  if (t) fail(op, ": expected no ", name, " of a pair, but got shape ", shape_text(*t));
+}
+
 inline void check_given(const char* op, const char* name, const std::optional<Tensor>& t) {
   if (!t) fail(op, ": expected ", name, ", but got None");
 }
@@ -162,8 +162,9 @@ inline void check_internal(
   check_device(op, name, t, input);
 }
 
-inline void check_coefficients(const char* op, const Tensor& t, const Tensor& input) {
-  check_internal(op, "coefficients", t, arithmetic_dtype(input), {kRows, input.size(1)}, input);
+inline void check_coefficients(const char* op, const Tensor& t, const Tensor& input, bool pair) {
+  const int64_t rows = pair ? int64_t{kPairRows} : int64_t{kRows};
+  check_internal(op, "coefficients", t, arithmetic_dtype(input), {rows, input.size(1)}, input);
 }
 
 inline void check_mask(const char* op, const Tensor& t, const Tensor& input) {
@@ -190,9 +191,9 @@ inline Activation check_activation(const char* op, int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
-inline void check_eps(const char* op, double eps) {
+inline void check_eps(const char* op, const char* name, double eps) {
   if (!(eps >= 0 && std::isfinite(eps))) {
-    fail(op, ": expected eps to be finite and >= 0, but got ", std::isnan(eps) ? NAN : eps);
+    fail(op, ": expected ", name, " to be finite and >= 0, but got ", std::isnan(eps) ? NAN : eps);
   }
 }
 

@@ -14,7 +14,15 @@ STABLE_TORCH_LIBRARY(frozen_bn, library) {
       "forward(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight,"
       " Tensor? bias, Tensor? residual, float eps, int activation, float negative_slope,"
       " Tensor(a!) output, Tensor(b!)? coefficients, Tensor(c!)? mask) -> ()");
-  // The gradients that are given a tensor. With a mask, grad_input is always one of them.
+  // The same of a residual that is normalized as well, with its own statistics, in one pass.
+  library.def(
+      "forward_pair(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight,"
+      " Tensor? bias, float eps, Tensor residual, Tensor residual_mean, Tensor residual_var,"
+      " Tensor? residual_weight, Tensor? residual_bias, float residual_eps, int activation,"
+      " float negative_slope, Tensor(a!) output, Tensor(b!)? coefficients, Tensor(c!)? mask)"
+      " -> ()");
+  // Of either, told apart by the coefficients: the gradients that are given a tensor. With a mask,
+  // grad_input is always one of them.
   library.def(
       "backward(Tensor grad_output, Tensor coefficients, Tensor? mask, Tensor? input,"
       " Tensor? residual, int activation, float negative_slope, Tensor(a!)? grad_input,"

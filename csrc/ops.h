@@ -14,24 +14,30 @@ namespace frozen_bn {
 
 using OptionalTensor = std::optional<Tensor>;
 
-struct ForwardArguments {
-  Tensor input;         // [N, C, ...]
-  Tensor running_mean;  // [C], like the three after it; any supported dtype
-  Tensor running_var;
+// What a branch is normalized with.
+struct Statistics {
+  Tensor mean;  // [C], like the three after it; any supported dtype
+  Tensor var;
   OptionalTensor weight;
   OptionalTensor bias;
-  OptionalTensor residual;  // like input
   double eps;
+};
+
+struct ForwardArguments {
+  Tensor input;  // [N, C, ...]
+  Statistics statistics;
+  OptionalTensor residual;                        // like input
+  std::optional<Statistics> residual_statistics;  // of a pair
   Activation activation;
   double negative_slope;
   Tensor output;                // like input, or input itself
-  OptionalTensor coefficients;  // [kRows, C], for the backward
+  OptionalTensor coefficients;  // [kRows, C], of a pair [kPairRows, C]: for the backward
   OptionalTensor mask;          // uint8 [ceil(numel / 8)], in the order of output's storage
 };
 
 struct BackwardArguments {
   Tensor grad_output;       // [N, C, ...]
-  Tensor coefficients;      // [kRows, C]
+  Tensor coefficients;      // [kRows, C], or [kPairRows, C]
   OptionalTensor mask;      // piecewise-linear activations
   OptionalTensor input;     // smooth activations, weight gradients
   OptionalTensor residual;  // smooth activations
@@ -42,20 +48,38 @@ struct BackwardArguments {
   OptionalTensor grad_weight;  // [C], any supported dtype
   OptionalTensor grad_bias;
   OptionalTensor grad_residual;
+
+  bool pair() const {
+    return coefficients.dim() == 2 && coefficients.size(0) == kPairRows;
+  }
 };
+
+struct StatisticsNames {
+  const char *mean, *var, *weight, *bias, *eps;
+};
+constexpr StatisticsNames kInputNames{"running_mean", "running_var", "weight", "bias", "eps"};
+constexpr StatisticsNames kResidualNames{
+    "residual_mean", "residual_var", "residual_weight", "residual_bias", "residual_eps"};
+
+inline void check(
+    const char* op, const StatisticsNames& names, const Statistics& s, const Tensor& input) {
+  check_channel_vector(op, names.mean, s.mean, input);
+  check_channel_vector(op, names.var, s.var, input);
+  if (s.weight) check_channel_vector(op, names.weight, *s.weight, input);
+  if (s.bias) check_channel_vector(op, names.bias, *s.bias, input);
+  check_eps(op, names.eps, s.eps);
+}
 
 inline void check(const char* op, const ForwardArguments& a) {
   check_rank(op, "input", a.input);
   check_dtype(op, "input", a.input);
-  check_channel_vector(op, "running_mean", a.running_mean, a.input);
-  check_channel_vector(op, "running_var", a.running_var, a.input);
-  if (a.weight) check_channel_vector(op, "weight", *a.weight, a.input);
-  if (a.bias) check_channel_vector(op, "bias", *a.bias, a.input);
+  check(op, kInputNames, a.statistics, a.input);
   if (a.residual) check_like(op, "residual", *a.residual, a.input);
-  check_eps(op, a.eps);
+  const bool pair = a.residual_statistics.has_value();
+  if (pair) check(op, kResidualNames, *a.residual_statistics, a.input);
   check_like(op, "output", a.output, a.input);
   check_not_expanded(op, "output", a.output);
-  if (a.coefficients) check_coefficients(op, *a.coefficients, a.input);
+  if (a.coefficients) check_coefficients(op, *a.coefficients, a.input, pair);
   if (a.mask) check_mask(op, *a.mask, a.input);
 }
 
@@ -63,7 +87,12 @@ inline void check(const char* op, const BackwardArguments& a) {
   const Tensor& like = a.grad_output;
   check_rank(op, "grad_output", like);
   check_dtype(op, "grad_output", like);
-  check_coefficients(op, a.coefficients, like);
+  check_coefficients(op, a.coefficients, like, a.pair());
+  if (a.pair()) {
+    check_not_given(op, "grad_weight", a.grad_weight);
+    check_not_given(op, "grad_bias", a.grad_bias);
+    if (needs_input(a.activation)) check_given(op, "residual", a.residual);
+  }
   if (needs_mask(a.activation)) {
     check_given(op, "mask", a.mask);
     check_mask(op, *a.mask, like);
@@ -80,6 +109,13 @@ inline void check(const char* op, const BackwardArguments& a) {
   if (a.grad_bias) check_channel_gradient(op, "grad_bias", *a.grad_bias, like);
 }
 
+inline void close_gaps(Statistics& s) {
+  s.mean = gapless(s.mean);
+  s.var = gapless(s.var);
+  if (s.weight) s.weight = gapless(*s.weight);
+  if (s.bias) s.bias = gapless(*s.bias);
+}
+
 // Gives what is indexed alike the same gapless strides, and closes the gaps of channel vectors.
 inline Layout make_alike(ForwardArguments& a) {
   std::optional<Layout> layout = dense_layout(a.output);
@@ -89,10 +125,8 @@ inline Layout make_alike(ForwardArguments& a) {
   }
   a.input = with_strides_of(a.output, a.input);
   if (a.residual) a.residual = with_strides_of(a.output, *a.residual);
-  a.running_mean = gapless(a.running_mean);
-  a.running_var = gapless(a.running_var);
-  if (a.weight) a.weight = gapless(*a.weight);
-  if (a.bias) a.bias = gapless(*a.bias);
+  close_gaps(a.statistics);
+  if (a.residual_statistics) close_gaps(*a.residual_statistics);
   return *layout;
 }
 
@@ -124,13 +158,34 @@ struct Operators {
       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
       double eps, int64_t activation, double negative_slope, const Tensor& output,
       const OptionalTensor& coefficients, const OptionalTensor& mask) {
-    ForwardArguments a{
-        input,          running_mean, running_var,  weight,
-        bias,           residual,     eps,          check_activation("forward", activation),
-        negative_slope, output,       coefficients, mask};
-    check("forward", a);
-    run_forward(a, make_alike(a));
-    copy_back(a.output, output);
+    run("forward", {input,
+                    {running_mean, running_var, weight, bias, eps},
+                    residual,
+                    std::nullopt,
+                    check_activation("forward", activation),
+                    negative_slope,
+                    output,
+                    coefficients,
+                    mask});
+  }
+
+  static void forward_pair(
+      const Tensor& input, const Tensor& running_mean, const Tensor& running_var,
+      const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& residual,
+      const Tensor& residual_mean, const Tensor& residual_var,
+      const OptionalTensor& residual_weight, const OptionalTensor& residual_bias,
+      double residual_eps, int64_t activation, double negative_slope, const Tensor& output,
+      const OptionalTensor& coefficients, const OptionalTensor& mask) {
+    run("forward_pair",
+        {input,
+         {running_mean, running_var, weight, bias, eps},
+         residual,
+         Statistics{residual_mean, residual_var, residual_weight, residual_bias, residual_eps},
+         check_activation("forward_pair", activation),
+         negative_slope,
+         output,
+         coefficients,
+         mask});
   }
 
   static void backward(
@@ -150,7 +205,16 @@ struct Operators {
 
   static void register_in(torch::stable::detail::StableLibrary& library) {
     library.impl("forward", TORCH_BOX(&forward));
+    library.impl("forward_pair", TORCH_BOX(&forward_pair));
     library.impl("backward", TORCH_BOX(&backward));
+  }
+
+ private:
+  static void run(const char* op, ForwardArguments a) {
+    const Tensor output = a.output;
+    check(op, a);
+    run_forward(a, make_alike(a));
+    copy_back(a.output, output);
   }
 };
 

@@ -4,6 +4,7 @@ fake tensors, and plain PyTorch."""
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,30 @@ SMOOTH = frozenset(map(ACTIVATIONS.index, ("silu", "hardswish")))
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+#: Rows of the coefficients tensor, and of that of a pair (csrc/affine.h).
+ROWS, PAIR_ROWS = 4, 5
+
+
+class Statistics(NamedTuple):
+    """What a branch is normalized with: vectors of ``[C]``, of any supported dtype."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
+#: What the operator calls them.
+_RESIDUAL_NAMES = (
+    "residual_mean",
+    "residual_var",
+    "residual_weight",
+    "residual_bias",
+    "residual_eps",
+)
+
+
 def fail(op: str, expected: str, got: str) -> RuntimeError:
     """The error for an input that ``op`` cannot take."""
     return RuntimeError(f"frozen_bn::{op}: expected {expected}, but got {got}")
@@ -27,14 +52,14 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def activation_code(activation: str | None) -> int:
+def activation_code(activation: str | None, op: str = "forward") -> int:
     """The code of an activation, or a ``ValueError`` that lists those there are."""
     try:
         return ACTIVATIONS.index(activation)
     except ValueError:
         known = ", ".join(repr(name) for name in ACTIVATIONS)
         raise ValueError(
-            f"frozen_bn::forward: expected activation to be one of {known}, but got {activation!r}"
+            f"frozen_bn::{op}: expected activation to be one of {known}, but got {activation!r}"
         ) from None
 
 
@@ -96,9 +121,10 @@ def _check_internal(
     _check_device(op, name, tensor, input)
 
 
-def _check_coefficients(op: str, coefficients: Tensor, input: Tensor) -> None:
+def _check_coefficients(op: str, coefficients: Tensor, input: Tensor, pair: bool) -> None:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    _check_internal(op, "coefficients", coefficients, dtype, [4, input.shape[1]], input)
+    shape = [PAIR_ROWS if pair else ROWS, input.shape[1]]
+    _check_internal(op, "coefficients", coefficients, dtype, shape, input)
 
 
 def _check_mask(op: str, mask: Tensor, input: Tensor) -> None:
@@ -111,29 +137,35 @@ def _check_code(op: str, code: int) -> None:
         raise fail(op, f"activation to be a code from 0 to {last}", str(code))
 
 
+def _check_statistics(
+    op: str, names: tuple[str, ...], statistics: Statistics, input: Tensor
+) -> None:
+    *vectors, eps = statistics
+    *vector_names, eps_name = names
+    for name, vector in zip(vector_names, vectors, strict=True):
+        _check_channel_vector(op, name, vector, input)
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise fail(op, f"{eps_name} to be finite and >= 0", f"{eps:g}")
+
+
 def check_forward(
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    statistics: Statistics,
     residual: Tensor | None,
-    eps: float,
+    residual_statistics: Statistics | None = None,
 ) -> None:
-    """Raise ``RuntimeError`` unless ``frozen_bn::forward`` can take these."""
-    op = "forward"
+    """Raise ``RuntimeError`` unless ``frozen_bn::forward``, or with statistics of the residual
+    ``frozen_bn::forward_pair``, can take these."""
+    op = "forward" if residual_statistics is None else "forward_pair"
     check_rank(op, "input", input)
     _check_dtype(op, "input", input)
-    _check_channel_vector(op, "running_mean", running_mean, input)
-    _check_channel_vector(op, "running_var", running_var, input)
-    _check_channel_vector(op, "weight", weight, input)
-    _check_channel_vector(op, "bias", bias, input)
+    _check_statistics(op, Statistics._fields, statistics, input)
     _check_like(op, "residual", residual, input)
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise fail(op, "eps to be finite and >= 0", f"{eps:g}")
+    if residual_statistics is not None:
+        _check_statistics(op, _RESIDUAL_NAMES, residual_statistics, input)
 
 
-def check_history(input: Tensor) -> None:
+def check_history(input: Tensor, op: str = "forward") -> None:
     """Raise ``RuntimeError`` where autograd could not record that ``input`` is overwritten."""
     # Autograd refuses these too, but only after a custom Function has written to them.
     if not input._is_view():
@@ -148,23 +180,23 @@ def check_history(input: Tensor) -> None:
     kind = torch._C._autograd._get_creation_meta(input)
     if kind in unwritable:
         expected = "input to be a view that autograd can follow when inplace=True"
-        raise fail("forward", expected, unwritable[kind])
+        raise fail(op, expected, unwritable[kind])
 
 
-def check_inplace(input: Tensor) -> None:
+def check_inplace(input: Tensor, op: str = "forward") -> None:
     """Raise ``RuntimeError`` where writing to ``input`` would break its gradient or itself."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         root = input._base if input._is_view() else input
         if root is not None and root.is_leaf and root.requires_grad:
             kind = "a view of a leaf" if root is not input else "a leaf"
             raise fail(
-                "forward",
+                op,
                 "input not to be a leaf that requires grad when inplace=True",
                 f"{kind} that does",
             )
         if input.requires_grad:
-            check_history(input)
-    _check_not_expanded("forward", "input", input)
+            check_history(input, op)
+    _check_not_expanded(op, "input", input)
 
 
 def check_forward_outputs(
@@ -173,14 +205,15 @@ def check_forward_outputs(
     output: Tensor,
     coefficients: Tensor | None,
     mask: Tensor | None,
+    pair: bool = False,
 ) -> None:
-    """Raise ``RuntimeError`` unless ``frozen_bn::forward`` can write its results to these."""
-    op = "forward"
+    """Raise ``RuntimeError`` unless the forward operator can write its results to these."""
+    op = "forward_pair" if pair else "forward"
     _check_code(op, activation)
     _check_like(op, "output", output, input)
     _check_not_expanded(op, "output", output)
     if coefficients is not None:
-        _check_coefficients(op, coefficients, input)
+        _check_coefficients(op, coefficients, input, pair)
     if mask is not None:
         _check_mask(op, mask, input)
 
@@ -202,7 +235,14 @@ def check_backward(
     _check_code(op, activation)
     check_rank(op, "grad_output", grad_output)
     _check_dtype(op, "grad_output", grad_output)
-    _check_coefficients(op, coefficients, grad_output)
+    pair = coefficients.dim() == 2 and coefficients.shape[0] == PAIR_ROWS
+    _check_coefficients(op, coefficients, grad_output, pair)
+    if pair:
+        for name, gradient in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
+            if gradient is not None:
+                raise fail(op, f"no {name} of a pair", f"shape {list(gradient.shape)}")
+        if residual is None and activation in SMOOTH:
+            raise fail(op, "residual", "None")
     if activation in MASKED:
         if mask is None:
             raise fail(op, "mask", "None")

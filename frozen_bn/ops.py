@@ -70,8 +70,39 @@ def _fake_forward(
     mask: Tensor | None,
 ) -> None:
     # The results are the caller's: there is nothing to make up.
-    checks.check_forward(input, running_mean, running_var, weight, bias, residual, eps)
+    statistics = checks.Statistics(running_mean, running_var, weight, bias, eps)
+    checks.check_forward(input, statistics, residual)
     checks.check_forward_outputs(input, activation, output, coefficients, mask)
+
+
+def _fake_forward_pair(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_eps: float,
+    activation: int,
+    negative_slope: float,
+    output: Tensor,
+    coefficients: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    checks.check_forward(
+        input,
+        checks.Statistics(running_mean, running_var, weight, bias, eps),
+        residual,
+        checks.Statistics(
+            residual_mean, residual_var, residual_weight, residual_bias, residual_eps
+        ),
+    )
+    checks.check_forward_outputs(input, activation, output, coefficients, mask, pair=True)
 
 
 def _fake_backward(
@@ -103,4 +134,5 @@ def _fake_backward(
 
 if "cpu" in live:
     torch.library.register_fake("frozen_bn::forward")(_fake_forward)
+    torch.library.register_fake("frozen_bn::forward_pair")(_fake_forward_pair)
     torch.library.register_fake("frozen_bn::backward")(_fake_backward)

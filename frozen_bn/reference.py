@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import activation_code, check_forward, check_inplace
+from .checks import Statistics, activation_code, check_forward, check_inplace
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
@@ -38,6 +38,18 @@ def _broadcastable(vector: Tensor, like: Tensor) -> Tensor:
     return vector.reshape([1, -1] + [1] * (like.dim() - 2))
 
 
+def _normalize(input: Tensor, statistics: Statistics) -> Tensor:
+    """In the dtype of the arithmetic."""
+    running_mean, running_var, weight, bias, eps = statistics
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    scale = torch.rsqrt(running_var.to(dtype) + eps)
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    mean = _broadcastable(running_mean.to(dtype), input)
+    z = (input.to(dtype) - mean) * _broadcastable(scale, input)
+    return z if bias is None else z + _broadcastable(bias.to(dtype), input)
+
+
 def frozen_batch_norm(
     input: Tensor,
     running_mean: Tensor,
@@ -59,17 +71,35 @@ def frozen_batch_norm(
     activation_code(activation)
     if inplace:
         check_inplace(input)
-    check_forward(input, running_mean, running_var, weight, bias, residual, eps)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    scale = torch.rsqrt(running_var.to(dtype) + eps)
-    if weight is not None:
-        scale = scale * weight.to(dtype)
-    mean = _broadcastable(running_mean.to(dtype), input)
-    z = (input.to(dtype) - mean) * _broadcastable(scale, input)
-    if bias is not None:
-        z = z + _broadcastable(bias.to(dtype), input)
+    statistics = Statistics(running_mean, running_var, weight, bias, eps)
+    check_forward(input, statistics, residual)
+    z = _normalize(input, statistics)
     if residual is not None:
-        z = z + residual.to(dtype)
+        z = z + residual.to(z.dtype)
+    output = activate(z, activation, negative_slope).to(input.dtype)
+    if inplace:
+        return input.copy_(output)
+    return output
+
+
+def frozen_batch_norm_pair(
+    input: Tensor,
+    statistics: Statistics,
+    residual: Tensor,
+    residual_statistics: Statistics,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    inplace: bool = False,
+) -> Tensor:
+    """What :func:`frozen_bn.pair.frozen_batch_norm_pair` computes, likewise. The sum of the two
+    branches is rounded once."""
+    activation_code(activation, "forward_pair")
+    if inplace:
+        check_inplace(input, "forward_pair")
+    statistics, residual_statistics = Statistics(*statistics), Statistics(*residual_statistics)
+    check_forward(input, statistics, residual, residual_statistics)
+    z = _normalize(input, statistics) + _normalize(residual, residual_statistics)
     output = activate(z, activation, negative_slope).to(input.dtype)
     if inplace:
         return input.copy_(output)
@@ -100,21 +130,55 @@ def backward(
         scale = _broadcastable(weight.to(dtype), grad_output) * inv_std
     if bias is not None:
         shift = _broadcastable(bias.to(dtype), grad_output)
-    g = grad_output.to(dtype)
-    if mask is not None:
-        slope = negative_slope if activation == "leaky_relu" else 0.0
-        g = torch.where(_unpack(mask, grad_output.shape, strides), g * slope, g)
-    elif activation is not None:
+    z = None
+    if mask is None and activation is not None:
         assert input is not None
         z = (input.to(dtype) - mean) * scale + shift
         if residual is not None:
             z = z + residual.to(dtype)
-        g = g * _slope(z, activation)
+    g = _behind_activation(grad_output.to(dtype), z, mask, strides, activation, negative_slope)
     others = [d for d in range(grad_output.dim()) if d != 1]
     grad_weight = None
     if input is not None:
         grad_weight = (g * (input.to(dtype) - mean) * inv_std).sum(others)
     return (g * scale).to(grad_output.dtype), grad_weight, g.sum(others), g.to(grad_output.dtype)
+
+
+def pair_backward(
+    grad_output: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    input: Tensor | None,
+    residual: Tensor | None,
+    strides: tuple[int, ...],
+    activation: str | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:
+    """Likewise of a pair: the gradients of input and residual."""
+    dtype = coefficients.dtype
+    rows = (_broadcastable(row, grad_output) for row in coefficients)
+    mean, scale, shift, residual_mean, residual_scale = rows
+    z = None
+    if input is not None and residual is not None:
+        z = (input.to(dtype) - mean) * scale + shift
+        z = z + (residual.to(dtype) - residual_mean) * residual_scale
+    g = _behind_activation(grad_output.to(dtype), z, mask, strides, activation, negative_slope)
+    return (g * scale).to(grad_output.dtype), (g * residual_scale).to(grad_output.dtype)
+
+
+def _behind_activation(
+    g: Tensor,
+    z: Tensor | None,
+    mask: Tensor | None,
+    strides: tuple[int, ...],
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """The gradient of the pre-activation: from a mask, from ``z`` itself (smooth), or as it is."""
+    if mask is not None:
+        slope = negative_slope if activation == "leaky_relu" else 0.0
+        return torch.where(_unpack(mask, g.shape, strides), g * slope, g)
+    return g if z is None else g * _slope(z, activation)
 
 
 def _unpack(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:

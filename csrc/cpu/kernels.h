@@ -15,11 +15,13 @@ namespace frozen_bn::cpu {
 // i % period == j, and the first kMaxLanes entries are repeated at the end, so that a pack can
 // start anywhere.
 struct Coefficients {
-  const void* mean;
-  const void* scale;
-  const void* bias;
+  const void* row[kPairRows];  // the first row_count(pair), numbered as in the coefficients tensor
+  bool pair;
   int64_t period;
 };
+constexpr int64_t row_count(bool pair) {
+  return pair ? int64_t{kPairRows} : int64_t{kBias} + 1;
+}
 constexpr int64_t kMaxLanes = 16;
 
 // Ranges of flat elements that one thread works on start at multiples of this.
@@ -31,7 +33,7 @@ constexpr int64_t kMinInner = kMaxLanes;
 
 struct ForwardParams {
   const void* input;
-  const void* residual;  // or null
+  const void* residual;  // or null; never of a pair
   void* output;
   uint8_t* mask;  // or null; bit i % 8 of byte i / 8 is set where the gradient is blocked
   Layout layout;

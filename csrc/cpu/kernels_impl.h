@@ -47,9 +47,22 @@ void compute_coefficients(const CoefficientParams& p) {
   }
 }
 
-template <class S, Activation kAct>
+// (x - mean) * scale + bias, and the residual: if there is one, and in a pair normalized as well.
+template <class S, bool kPair>
+FROZEN_BN_INLINE Vec<acc_t<S>> preactivation(
+    Vec<acc_t<S>> x, const S* residual, const LaneCoefficients<acc_t<S>, kPair>& k) {
+  const auto z = normalize(x, k.row[kMean], k.row[kScale], k.row[kBias]);
+  if constexpr (kPair) {
+    return normalize(load(residual), k.row[kResidualMean], k.row[kResidualScale], z);
+  } else {
+    return residual ? z + load(residual) : z;
+  }
+}
+
+template <class S, Activation kAct, bool kPair>
 struct ForwardBody {
   using T = acc_t<S>;
+  using Lanes = LaneCoefficients<T, kPair>;
   const S* input;
   const S* residual;
   S* output;
@@ -60,20 +73,19 @@ struct ForwardBody {
   static constexpr bool kTwo = kPaired<S>;
 
   template <class Slot>
-  FROZEN_BN_INLINE void operator()(int64_t i, Slot, const LaneCoefficients<T>& k) const {
-    store(output + i, finish(i, preactivation(i, k)), stream);
+  FROZEN_BN_INLINE void operator()(int64_t i, Slot, const Lanes& k) const {
+    store(output + i, finish(i, before(i, k)), stream);
   }
 
   template <class Slot>
-  FROZEN_BN_INLINE void two(
-      int64_t i, Slot, const LaneCoefficients<T>& k, Slot, const LaneCoefficients<T>& k2) const {
-    const Vec<T> z = preactivation(i, k), z2 = preactivation(i + kLanes, k2);
+  FROZEN_BN_INLINE void two(int64_t i, Slot, const Lanes& k, Slot, const Lanes& k2) const {
+    const Vec<T> z = before(i, k), z2 = before(i + kLanes, k2);
     store_two(output + i, finish(i, z), finish(i + kLanes, z2), stream);
   }
 
-  FROZEN_BN_INLINE Vec<T> preactivation(int64_t i, const LaneCoefficients<T>& k) const {
-    const Vec<T> z = normalize(load(input + i), k.mean, k.scale, k.bias);
-    return residual ? z + load(residual + i) : z;
+  FROZEN_BN_INLINE Vec<T> before(int64_t i, const Lanes& k) const {
+    const S* const r = kPair || residual ? residual + i : nullptr;
+    return preactivation<S, kPair>(load(input + i), r, k);
   }
 
   FROZEN_BN_INLINE Vec<T> finish(int64_t i, Vec<T> z) const {
@@ -87,8 +99,7 @@ struct ForwardBody {
   }
 
   template <class Slot>
-  __attribute__((noinline)) void partial(
-      int64_t i, int64_t n, Slot slot, LaneCoefficients<T> k) const {
+  __attribute__((noinline)) void partial(int64_t i, int64_t n, Slot slot, Lanes k) const {
     PartialPack<S> x(input, i, n), r(residual, i, n), y(nullptr, 0, 0);
     uint8_t bits[2] = {};
     ForwardBody{x.values, r.or_null(residual), y.values, mask ? bits : nullptr, negative_slope,
@@ -100,12 +111,13 @@ struct ForwardBody {
   void flush(int64_t) const {}
 };
 
-template <class S, Activation kAct>
+template <class S, Activation kAct, bool kPair>
 void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
   using T = acc_t<S>;
-  ForwardBody<S, kAct> body{static_cast<const S*>(p.input), static_cast<const S*>(p.residual),
-                            static_cast<S*>(p.output),      p.mask,
-                            splat<T>(p.negative_slope),     p.stream};
+  ForwardBody<S, kAct, kPair> body{
+      static_cast<const S*>(p.input), static_cast<const S*>(p.residual),
+      static_cast<S*>(p.output),      p.mask,
+      splat<T>(p.negative_slope),     p.stream};
   if (p.coefficients.period == 0) {
     traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
   } else {
@@ -194,9 +206,10 @@ struct SpreadSums {
   }
 };
 
-template <class S, Activation kAct, class Sums>
+template <class S, Activation kAct, bool kPair, class Sums>
 struct BackwardBody {
   using T = acc_t<S>;
+  using Lanes = LaneCoefficients<T, kPair>;
   const S* grad_output;
   const uint8_t* mask;
   const S* input;
@@ -210,44 +223,53 @@ struct BackwardBody {
   static constexpr bool kTwo = kPaired<S>;
 
   template <class Slot>
-  FROZEN_BN_INLINE void operator()(int64_t i, Slot slot, const LaneCoefficients<T>& k) const {
+  FROZEN_BN_INLINE void operator()(int64_t i, Slot slot, const Lanes& k) const {
     const Vec<T> g = gradient(i, slot, k);
-    if (grad_input) store(grad_input + i, g * k.scale, stream);
-    if (grad_residual) store(grad_residual + i, g, stream);
+    if (grad_input) store(grad_input + i, g * k.row[kScale], stream);
+    if (grad_residual) store(grad_residual + i, of_residual(g, k), stream);
   }
 
   template <class Slot>
   FROZEN_BN_INLINE void two(
-      int64_t i, Slot slot, const LaneCoefficients<T>& k, Slot slot2,
-      const LaneCoefficients<T>& k2) const {
+      int64_t i, Slot slot, const Lanes& k, Slot slot2, const Lanes& k2) const {
     const Vec<T> g = gradient(i, slot, k), g2 = gradient(i + kLanes, slot2, k2);
-    if (grad_input) store_two(grad_input + i, g * k.scale, g2 * k2.scale, stream);
-    if (grad_residual) store_two(grad_residual + i, g, g2, stream);
+    if (grad_input) {
+      store_two(grad_input + i, g * k.row[kScale], g2 * k2.row[kScale], stream);
+    }
+    if (grad_residual) {
+      store_two(grad_residual + i, of_residual(g, k), of_residual(g2, k2), stream);
+    }
+  }
+
+  FROZEN_BN_INLINE static Vec<T> of_residual(Vec<T> g, const Lanes& k) {
+    if constexpr (kPair) {
+      return g * k.row[kResidualScale];
+    } else {
+      return g;
+    }
   }
 
   // Behind the activation; added to the sums.
   template <class Slot>
-  FROZEN_BN_INLINE Vec<T> gradient(int64_t i, Slot slot, const LaneCoefficients<T>& k) const {
+  FROZEN_BN_INLINE Vec<T> gradient(int64_t i, Slot slot, const Lanes& k) const {
     const Vec<T> zero{};
     Vec<T> g = load(grad_output + i);
     const Vec<T> x = input ? load(input + i) : zero;
     if constexpr (needs_input(kAct)) {
-      Vec<T> z = normalize(x, k.mean, k.scale, k.bias);
-      if (residual) z += load(residual + i);
-      g *= derivative<kAct>(z);
+      const S* const r = kPair || residual ? residual + i : nullptr;
+      g *= derivative<kAct>(preactivation<S, kPair>(x, r, k));
     } else if constexpr (needs_mask(kAct)) {
       MaskBits bits;
       std::memcpy(&bits, mask + i / 8, sizeof(bits));
       const Vec<T> attenuated = kAct == Activation::kLeakyRelu ? g * negative_slope : zero;
       g = select<T>(bits, attenuated, g);
     }
-    sums.add(g, g * (x - k.mean), slot);
+    sums.add(g, g * (x - k.row[kMean]), slot);
     return g;
   }
 
   template <class Slot>
-  __attribute__((noinline)) void partial(
-      int64_t i, int64_t n, Slot slot, LaneCoefficients<T> k) const {
+  __attribute__((noinline)) void partial(int64_t i, int64_t n, Slot slot, Lanes k) const {
     PartialPack<S> dy(grad_output, i, n), x(input, i, n), r(residual, i, n);
     PartialPack<S> dx(nullptr, 0, 0), dr(nullptr, 0, 0);
     uint8_t bits[2] = {};
@@ -271,8 +293,8 @@ struct BackwardBody {
   }
 };
 
-template <class S, Activation kAct, class Sums>
-BackwardBody<S, kAct, Sums> backward_body(const BackwardParams& p, Sums& sums) {
+template <class S, Activation kAct, bool kPair, class Sums>
+BackwardBody<S, kAct, kPair, Sums> backward_body(const BackwardParams& p, Sums& sums) {
   using T = acc_t<S>;
   return {
       static_cast<const S*>(p.grad_output),
@@ -286,28 +308,34 @@ BackwardBody<S, kAct, Sums> backward_body(const BackwardParams& p, Sums& sums) {
       sums};
 }
 
+template <class S, Activation kAct, bool kPair, class Sums>
+void traverse_backward(const BackwardParams& p, int64_t begin, int64_t end, Sums& sums) {
+  using T = acc_t<S>;
+  const auto body = backward_body<S, kAct, kPair>(p, sums);
+  if (p.coefficients.period == 0) {
+    traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
+  } else {
+    traverse_spread<T>(p.coefficients, begin, end, body);
+  }
+}
+
 template <class S, Activation kAct>
 void backward_range(const BackwardParams& p, int64_t begin, int64_t end, ChannelSums totals) {
   using T = acc_t<S>;
-  const auto planar = [&](auto& sums) {
-    auto body = backward_body<S, kAct>(p, sums);
-    traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
-  };
-  const auto spread = [&](auto& sums) {
-    auto body = backward_body<S, kAct>(p, sums);
-    traverse_spread<T>(p.coefficients, begin, end, body);
-  };
   const int64_t period = p.coefficients.period;
   NoSums none;
-  if (period == 0) {
+  if (p.coefficients.pair) {
+    traverse_backward<S, kAct, true>(p, begin, end, none);
+  } else if (!totals.g) {
+    traverse_backward<S, kAct, false>(p, begin, end, none);
+  } else if (period == 0) {
     PlanarSums<T> sums{totals};
-    totals.g ? planar(sums) : planar(none);
-  } else if (totals.g) {
-    SpreadSums<T> sums{totals, p.layout, period};
-    spread(sums);
-    sums.gather();
+    traverse_planar<T>(
+        p.layout, p.coefficients, begin, end, backward_body<S, kAct, false>(p, sums));
   } else {
-    spread(none);
+    SpreadSums<T> sums{totals, p.layout, period};
+    traverse_spread<T>(p.coefficients, begin, end, backward_body<S, kAct, false>(p, sums));
+    sums.gather();
   }
   if (p.stream) streaming_done();
 }
@@ -333,7 +361,8 @@ void coefficients(Dtype dtype, const CoefficientParams& p) {
 void forward(
     Dtype dtype, Activation activation, const ForwardParams& p, int64_t begin, int64_t end) {
   dispatch(dtype, activation, [&](auto storage, auto act) {
-    forward_range<decltype(storage), act.value>(p, begin, end);
+    p.coefficients.pair ? forward_range<decltype(storage), act.value, true>(p, begin, end)
+                        : forward_range<decltype(storage), act.value, false>(p, begin, end);
   });
 }
 

@@ -1,5 +1,6 @@
 // The CPU operators: allocation, threads, and the choice of the instruction set.
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -102,17 +103,41 @@ class AlignedArray {
   std::unique_ptr<T[], Delete> data_;
 };
 
-// rows: [kRows, channels]
+// One branch's, [channels] each.
 template <class T>
-void compute_coefficients(const ForwardArguments& a, int64_t channels, T* rows) {
+struct BranchRows {
+  T *mean, *scale, *bias, *inv_std;
+};
+
+template <class T>
+void compute_coefficients(
+    const Statistics& s, Dtype dtype, int64_t channels, const BranchRows<T>& rows) {
   const auto scratch = std::make_unique_for_overwrite<double[]>(2 * channels);
   double *var = scratch.get(), *weight = var + channels;
-  read_vector(a.running_mean, 0, channels, rows + kMean * channels);
-  read_vector(a.bias, 0, channels, rows + kBias * channels);
-  read_vector(a.running_var, 0, channels, var);
-  read_vector(a.weight, 1, channels, weight);
-  T *scale = rows + kScale * channels, *inv_std = rows + kInvStd * channels;
-  kernels().coefficients(dtype_of(a.input), {var, weight, scale, inv_std, channels, a.eps});
+  read_vector(s.mean, 0, channels, rows.mean);
+  read_vector(s.bias, 0, channels, rows.bias);
+  read_vector(s.var, 0, channels, var);
+  read_vector(s.weight, 1, channels, weight);
+  kernels().coefficients(dtype, {var, weight, rows.scale, rows.inv_std, channels, s.eps});
+}
+
+// rows: [kRows, channels], or [kPairRows, channels]
+template <class T>
+void compute_coefficients(const ForwardArguments& a, int64_t channels, T* rows) {
+  const auto row = [&](int64_t number) { return rows + number * channels; };
+  const Dtype dtype = dtype_of(a.input);
+  if (!a.residual_statistics) {
+    const BranchRows<T> all{row(kMean), row(kScale), row(kBias), row(kInvStd)};
+    return compute_coefficients(a.statistics, dtype, channels, all);
+  }
+  const auto scratch = std::make_unique_for_overwrite<T[]>(2 * channels);
+  T *bias = scratch.get(), *unused = bias + channels;
+  compute_coefficients<T>(
+      a.statistics, dtype, channels, {row(kMean), row(kScale), row(kBias), unused});
+  compute_coefficients<T>(
+      *a.residual_statistics, dtype, channels,
+      {row(kResidualMean), row(kResidualScale), bias, unused});
+  std::transform(bias, bias + channels, row(kBias), row(kBias), std::plus<T>{});
 }
 
 // How often the coefficients repeat along the storage, in elements; 0 where the kernels take them
@@ -131,15 +156,14 @@ int64_t spread_period(const Layout& layout) {
 template <class T>
 class KernelCoefficients {
  public:
-  KernelCoefficients(const T* rows, const Layout& layout)
-      : view_{
-            rows + kMean * layout.channels, rows + kScale * layout.channels,
-            rows + kBias * layout.channels, spread_period(layout)},
-        spread_(view_.period ? 3 * (view_.period + kMaxLanes) : 0) {
-    if (view_.period == 0) return;
-    const int64_t stride = view_.period + kMaxLanes;
-    for (auto [row, to] : {std::pair{&view_.mean, 0}, {&view_.scale, 1}, {&view_.bias, 2}}) {
-      *row = spread(static_cast<const T*>(*row), layout, spread_.get() + to * stride);
+  KernelCoefficients(const T* rows, bool pair, const Layout& layout)
+      : view_{{}, pair, spread_period(layout)},
+        stride_(view_.period + kMaxLanes),
+        spread_(view_.period ? row_count(pair) * stride_ : 0) {
+    for (int64_t number = 0; number < row_count(pair); ++number) {
+      const T* row = rows + number * layout.channels;
+      view_.row[number] =
+          view_.period ? spread(row, layout, spread_.get() + number * stride_) : row;
     }
   }
 
@@ -150,7 +174,7 @@ class KernelCoefficients {
  private:
   const T* spread(const T* row, const Layout& layout, T* to) const {
     T* out = to;
-    T* const end = to + view_.period + kMaxLanes;
+    T* const end = to + stride_;
     while (out < end) {
       for (int64_t c = 0; c < layout.channels && out < end; ++c) {
         const int64_t run = std::min<int64_t>(layout.inner, end - out);
@@ -161,6 +185,7 @@ class KernelCoefficients {
   }
 
   Coefficients view_;
+  int64_t stride_;
   AlignedArray<T> spread_;
 };
 
@@ -171,15 +196,16 @@ auto with_arithmetic_type(const Tensor& t, F f) {
 
 void run_forward(const ForwardArguments& a, const Layout& layout) {
   const bool in_place = a.output.data_ptr() == a.input.data_ptr();
+  const bool pair = a.residual_statistics.has_value();
   if (!in_place) advise_huge_pages(a.output);
   with_arithmetic_type(a.input, [&](auto zero) {
     using T = decltype(zero);
-    const auto unsaved =
-        std::make_unique_for_overwrite<T[]>(a.coefficients ? 0 : kRows * layout.channels);
+    const auto unsaved = std::make_unique_for_overwrite<T[]>(
+        a.coefficients ? 0 : std::max<int64_t>(kRows, kPairRows) * layout.channels);
     T* rows = a.coefficients ? static_cast<T*>(a.coefficients->data_ptr()) : unsaved.get();
     compute_coefficients(a, layout.channels, rows);
     if (layout.numel == 0) return;
-    const KernelCoefficients<T> coefficients(rows, layout);
+    const KernelCoefficients<T> coefficients(rows, pair, layout);
     const ForwardParams params{
         a.input.data_ptr(),
         data_or_null(a.residual),
@@ -260,7 +286,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
   with_arithmetic_type(a.grad_output, [&](auto zero) {
     using T = decltype(zero);
     const KernelCoefficients<T> coefficients(
-        static_cast<const T*>(a.coefficients.data_ptr()), layout);
+        static_cast<const T*>(a.coefficients.data_ptr()), a.pair(), layout);
     const BackwardParams params{
         a.grad_output.data_ptr(),
         static_cast<const uint8_t*>(data_or_null(a.mask)),

@@ -17,9 +17,20 @@
 namespace frozen_bn::cpu {
 namespace {
 
-template <class T>
+// Of a pack, those of each lane.
+template <class T, bool kPair>
 struct LaneCoefficients {
-  Vec<T> mean, scale, bias;
+  Vec<T> row[row_count(kPair)];
+
+  // row_of(number) -> Vec<T>
+  template <class F>
+  FROZEN_BN_INLINE static LaneCoefficients of(F row_of) {
+    if constexpr (kPair) {
+      return {{row_of(0), row_of(1), row_of(2), row_of(3), row_of(4)}};
+    } else {
+      return {{row_of(0), row_of(1), row_of(2)}};
+    }
+  }
 };
 
 // As many packs (planar) or periods (spread) are summed in single precision: more would cost digits
@@ -40,26 +51,26 @@ FROZEN_BN_INLINE auto lanes_below(int64_t split) {
   return lanes < (lanes - lanes + static_cast<int32_t>(split));
 }
 
-template <class T>
-FROZEN_BN_INLINE LaneCoefficients<T> blend(
-    int64_t split, const LaneCoefficients<T>& below, const LaneCoefficients<T>& above) {
+template <class T, bool kPair>
+FROZEN_BN_INLINE LaneCoefficients<T, kPair> blend(
+    int64_t split, const LaneCoefficients<T, kPair>& below,
+    const LaneCoefficients<T, kPair>& above) {
   const auto here = lanes_below<T>(split);
-  return {
-      here ? below.mean : above.mean, here ? below.scale : above.scale,
-      here ? below.bias : above.bias};
+  return LaneCoefficients<T, kPair>::of([&](int row) __attribute__((always_inline)) {
+    return here ? below.row[row] : above.row[row];
+  });
 }
 
 // Channels are runs of at least kMinInner elements (NCHW): their coefficients stay in registers,
 // and a pack that crosses into the next run takes each lane's from one of the two.
 template <class T, class Body>
 FROZEN_BN_INLINE void traverse_planar(
-    const Layout& layout, const Coefficients& rows, int64_t begin, int64_t end, Body body) {
-  const auto* const mean = static_cast<const T*>(rows.mean);
-  const auto* const scale = static_cast<const T*>(rows.scale);
-  const auto* const bias = static_cast<const T*>(rows.bias);
+    const Layout& layout, Coefficients rows, int64_t begin, int64_t end, Body body) {
+  using Lanes = typename Body::Lanes;
   const auto coefficients = [&](int64_t channel) {
-    return LaneCoefficients<T>{
-        splat<T>(mean[channel]), splat<T>(scale[channel]), splat<T>(bias[channel])};
+    return Lanes::of([&](int number) __attribute__((always_inline)) {
+      return splat<T>(static_cast<const T*>(rows.row[number])[channel]);
+    });
   };
   const int64_t last = end - kLanes;  // where a whole pack can start
   const int64_t channels = layout.channels, inner = layout.inner;
@@ -106,13 +117,11 @@ FROZEN_BN_INLINE void traverse_planar(
 // tried: a quarter faster in the L2 cache, but half as fast from memory, which sees several
 // streams.)
 template <class T, class Body>
-FROZEN_BN_INLINE void traverse_spread(
-    const Coefficients& rows, int64_t begin, int64_t end, Body body) {
-  const auto* const mean = static_cast<const T*>(rows.mean);
-  const auto* const scale = static_cast<const T*>(rows.scale);
-  const auto* const bias = static_cast<const T*>(rows.bias);
-  const auto coefficients = [&](int64_t slot) {
-    return LaneCoefficients<T>{load(mean + slot), load(scale + slot), load(bias + slot)};
+FROZEN_BN_INLINE void traverse_spread(Coefficients rows, int64_t begin, int64_t end, Body body) {
+  const auto coefficients = [&](int64_t slot) __attribute__((always_inline)) {
+    return Body::Lanes::of([&](int number) __attribute__((always_inline)) {
+      return load(static_cast<const T*>(rows.row[number]) + slot);
+    });
   };
   const int64_t period = rows.period;
   const int64_t last = end - kLanes;  // where a whole pack can start

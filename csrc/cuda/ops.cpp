@@ -62,6 +62,7 @@ bool is_aligned(std::initializer_list<const void*> pointers) {
 
 void run_forward(const ForwardArguments& a, const Layout& layout) {
   check_kernel_dtype("forward", "input", a.input);
+  if (a.residual_statistics) fail("forward_pair: expected a CPU tensor");
   const Device device(a.input);
   if (layout.numel == 0) return;
   const LaunchPlan plan = plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
@@ -71,15 +72,15 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   params.output = a.output.data_ptr();
   params.mask = static_cast<uint8_t*>(data_or_null(a.mask));
   params.coefficients = static_cast<float*>(data_or_null(a.coefficients));
-  params.mean = channel_vector(a.running_mean);
-  params.var = channel_vector(a.running_var);
-  params.weight = channel_vector(a.weight);
-  params.bias = channel_vector(a.bias);
+  params.mean = channel_vector(a.statistics.mean);
+  params.var = channel_vector(a.statistics.var);
+  params.weight = channel_vector(a.statistics.weight);
+  params.bias = channel_vector(a.statistics.bias);
   params.float_vectors = true;
   for (const ChannelVector& v : {params.mean, params.var, params.weight, params.bias}) {
     params.float_vectors &= v.dtype == Dtype::kFloat;
   }
-  params.eps = static_cast<float>(a.eps);
+  params.eps = static_cast<float>(a.statistics.eps);
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.index =
       make_index(layout, plan, is_aligned({params.input, params.residual, params.output}));

@@ -7,11 +7,11 @@ launch to :class:`Emulator`; that runs the PTX which nvcc made of the kernels.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,7 +149,7 @@ def register(
 
 
 class Emulator:
-    """The operators ``forward`` and ``backward`` of ``csrc/cuda`` on CPU tensors.
+    """The operators ``forward``, ``forward_pair`` and ``backward`` of ``csrc/cuda`` on CPU tensors.
 
     ``launches`` collects what the kernels did since it was last cleared. With ``seed``, warps run
     in a random order; with ``count_sectors``, memory traffic is counted (slower). With ``part``
@@ -160,7 +160,7 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         namespace = f"frozen_bn_{library.stem}"
         self._definitions = torch.library.Library(namespace, "DEF")
-        for name in ("forward", "backward"):
+        for name in ("forward", "forward_pair", "backward"):
             schema = str(getattr(torch.ops.frozen_bn, name).default._schema)
             self._definitions.define(schema.removeprefix("frozen_bn::"))
         torch.ops.load_library(library)
@@ -255,6 +255,10 @@ class Emulator:
         """``torch.ops.frozen_bn.forward``, without float64."""
         self._call(self._operators.forward.default, arguments)
 
+    def forward_pair(self, *arguments: Any) -> None:
+        """``torch.ops.frozen_bn.forward_pair``, without float64."""
+        self._call(self._operators.forward_pair.default, arguments)
+
     def backward(self, *arguments: Any) -> None:
         """``torch.ops.frozen_bn.backward``, without float64."""
         self._call(self._operators.backward.default, arguments)
@@ -263,20 +267,29 @@ class Emulator:
     def active(self) -> Iterator[Emulator]:
         """Within, ``frozen_bn`` runs CPU tensors through the emulated CUDA operators: all but
         float64, which has no kernels there."""
-        functional: Any = sys.modules["frozen_bn.functional"]
-        before = functional._forward, functional._backward
+        functional, pair = (
+            importlib.import_module(f"frozen_bn.{m}") for m in ("functional", "pair")
+        )
+        places = [
+            (functional, "_forward", self.forward),
+            (functional, "_backward", self.backward),
+            (pair, "_forward_pair", self.forward_pair),
+            (pair, "_backward", self.backward),
+        ]
+        before = [getattr(module, name) for module, name, _ in places]
 
         def unless_double(emulated: Any, own: Any) -> Any:
             return lambda *arguments: (own if arguments[0].dtype == torch.float64 else emulated)(
                 *arguments
             )
 
-        functional._forward = unless_double(self.forward, before[0])
-        functional._backward = unless_double(self.backward, before[1])
+        for (module, name, emulated), own in zip(places, before, strict=True):
+            setattr(module, name, unless_double(emulated, own))
         try:
             yield self
         finally:
-            functional._forward, functional._backward = before
+            for (module, name, _), own in zip(places, before, strict=True):
+                setattr(module, name, own)
 
 
 def _check_written(name: str, written: NDArray[np.bool_]) -> None:
