@@ -1,5 +1,5 @@
-"""The end of a residual block that downsamples: two branches, both with frozen statistics, added and
-activated in one pass. What :mod:`frozen_bn.functional` is for one branch."""
+"""The end of a residual block that downsamples: two branches, both with frozen statistics, added
+and activated in one pass. What :mod:`frozen_bn.functional` is for one branch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""frozen_batch_norm_pair: both branches of a block that downsamples, normalized, added and activated
-in one kernel."""
+"""frozen_batch_norm_pair: both branches of a block that downsamples, normalized, added and
+activated in one kernel."""
 
 from __future__ import annotations
 
