@@ -154,7 +154,6 @@ def frozen_batch_norm_pair(
         or _takes_plain_path(input, *statistics[:2])
         or residual_statistics[0].requires_grad
         or residual_statistics[1].requires_grad
-        or input.is_cuda  # until there are kernels
     ):
         arguments = (input, statistics, residual, residual_statistics)
         options: dict[str, Any] = {

@@ -22,7 +22,7 @@ struct BackwardInputs {
 };
 
 // add(lane, g, g * (input - mean)) collects the sums. Lanes beyond the count have g = 0.
-template <class T, Activation kAct, class At, class Channels, class Add>
+template <class T, Activation kAct, bool kPair = false, class At, class Channels, class Add>
 __device__ void backward_pack(
     const BackwardParams& p, At at, const BackwardInputs<T>& inputs, const Channels& channels,
     Add add) {
@@ -31,10 +31,16 @@ __device__ void backward_pack(
   Floats gradient;  // behind the activation
 #pragma unroll
   for (int k = 0; k < kPackSize; ++k) {
-    const Channel c = channels(k);
+    const auto c = channels(k);
     float g = dy.lane[k];
     if constexpr (needs_input(kAct)) {
-      g *= derivative<kAct>(normalize(x.lane[k], c.mean, c.scale, c.bias) + r.lane[k]);
+      float z = normalize(x.lane[k], c.mean, c.scale, c.bias);
+      if constexpr (kPair) {
+        z = normalize(r.lane[k], c.residual_mean, c.residual_scale, z);
+      } else {
+        z += r.lane[k];
+      }
+      g *= derivative<kAct>(z);
     } else if constexpr (needs_mask(kAct)) {
       const float attenuated = kAct == Activation::kLeakyRelu ? g * p.negative_slope : 0.0f;
       g = inputs.mask >> k & 1 ? attenuated : g;
@@ -42,7 +48,18 @@ __device__ void backward_pack(
     gradient.lane[k] = g;
     add(k, g, g * (x.lane[k] - c.mean));
   }
-  if (p.grad_residual) store<T>(p.grad_residual, at, gradient);
+  if constexpr (kPair) {
+    if (p.grad_residual) {
+      Floats scaled;
+#pragma unroll
+      for (int k = 0; k < kPackSize; ++k) {
+        scaled.lane[k] = gradient.lane[k] * channels(k).residual_scale;
+      }
+      store<T>(p.grad_residual, at, scaled);
+    }
+  } else if (p.grad_residual) {
+    store<T>(p.grad_residual, at, gradient);
+  }
   if (!p.grad_input) return;
 #pragma unroll
   for (int k = 0; k < kPackSize; ++k) gradient.lane[k] *= channels(k).scale;
@@ -182,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     }
   };
   if constexpr (kSums && kInShared) put();
-  traverse_periodic<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>, kInShared>(
+  traverse_periodic<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>, LaneChannels<kInShared>>(
       p, table, column, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
         backward_pack<T, kAct>(p, at, inputs, channels, [&](int lane, float g, float centered) {
           if constexpr (kSums && kInShared) {

@@ -36,12 +36,10 @@ struct Scale {
   }
 };
 
-// The order of the coefficients' rows is that of CoefficientRow in ../checks.h.
-
 // Read from the rows that the forward saved.
 __device__ inline Channel find_channel(const BackwardParams& p, int64_t channel, bool) {
   const float* row = p.coefficients + channel;
-  return {row[0], row[p.index.channels], row[2 * p.index.channels]};
+  return {row[kMean], row[kScale * p.index.channels], row[kBias * p.index.channels]};
 }
 
 // One channel's values of the vectors.
@@ -49,45 +47,84 @@ struct Vectors {
   float mean, var, weight = 1, bias = 0;
 
   template <class Load>
-  __device__ Vectors(const ForwardParams& p, int64_t channel, Load load)
-      : mean(load(p.mean, channel)), var(load(p.var, channel)) {
-    if (p.weight.data) weight = load(p.weight, channel);
-    if (p.bias.data) bias = load(p.bias, channel);
+  __device__ Vectors(const BranchVectors& v, int64_t channel, Load load)
+      : mean(load(v.mean, channel)), var(load(v.var, channel)) {
+    if (v.weight.data) weight = load(v.weight, channel);
+    if (v.bias.data) bias = load(v.bias, channel);
+  }
+};
+
+struct BranchChannel {
+  Channel channel;
+  float inv_std;
+
+  __device__ BranchChannel(const BranchVectors& vectors, int64_t number) {
+    const Vectors v = vectors.all_float ? Vectors(vectors, number, load_float)
+                                        : Vectors(vectors, number, load_channel);
+    const Scale scale(v.var, vectors.eps, v.weight);
+    channel = {v.mean, scale.scale, v.bias};
+    inv_std = scale.inv_std;
   }
 };
 
 // Computed; saved for the backward as well if `save`.
 __device__ inline Channel find_channel(const ForwardParams& p, int64_t channel, bool save) {
-  const Vectors v =
-      p.float_vectors ? Vectors(p, channel, load_float) : Vectors(p, channel, load_channel);
-  const Scale scale(v.var, p.eps, v.weight);
-  const Channel found{v.mean, scale.scale, v.bias};
+  const BranchChannel branch(p.vectors, channel);
+  const Channel& found = branch.channel;
   if (save && p.coefficients) {
     float* row = p.coefficients + channel;
-    row[0] = found.mean;
-    row[p.index.channels] = found.scale;
-    row[2 * p.index.channels] = found.bias;
-    row[3 * p.index.channels] = scale.inv_std;
+    row[kMean] = found.mean;
+    row[kScale * p.index.channels] = found.scale;
+    row[kBias * p.index.channels] = found.bias;
+    row[kInvStd * p.index.channels] = branch.inv_std;
   }
   return found;
+}
+
+// Of a pair; `bias` is the sum of both.
+struct PairChannel : Channel {
+  float residual_mean, residual_scale;
+};
+
+__device__ inline PairChannel find_channel(const BackwardPairParams& p, int64_t channel, bool) {
+  const float* row = p.coefficients + channel;
+  const Channel own = find_channel(static_cast<const BackwardParams&>(p), channel, false);
+  return {own, row[kResidualMean * p.index.channels], row[kResidualScale * p.index.channels]};
+}
+
+__device__ inline PairChannel find_channel(const ForwardPairParams& p, int64_t channel, bool save) {
+  Channel own = BranchChannel(p.vectors, channel).channel;
+  const Channel residual = BranchChannel(p.residual_vectors, channel).channel;
+  own.bias += residual.bias;
+  if (save && p.coefficients) {
+    float* row = p.coefficients + channel;
+    row[kMean] = own.mean;
+    row[kScale * p.index.channels] = own.scale;
+    row[kBias * p.index.channels] = own.bias;
+    row[kResidualMean * p.index.channels] = residual.mean;
+    row[kResidualScale * p.index.channels] = residual.scale;
+  }
+  return {own, residual.mean, residual.scale};
 }
 
 // What a pack needs of its channels: with_channels(body) hands body what gives it each lane's.
 
 // Where a pack lies in one channel, and where it spans two. is_first(lane) says which.
+template <class C>
 struct OneChannel {
-  Channel channel;
-  __device__ Channel operator()(int) const {
+  C channel;
+  __device__ C operator()(int) const {
     return channel;
   }
   static __device__ bool is_first(int) {
     return true;
   }
 };
+template <class C>
 struct TwoChannels {
-  Channel first, second;
+  C first, second;
   uint32_t split;
-  __device__ Channel operator()(int lane) const {
+  __device__ C operator()(int lane) const {
     return is_first(lane) ? first : second;
   }
   __device__ bool is_first(int lane) const {
@@ -103,28 +140,31 @@ struct PlanarTable {
     const float4 found = channels[run];
     return {found.x, found.y, found.z};
   }
-
-  // Each channel is saved where its run of the first sample begins.
-  template <class Params>
-  __device__ void fill(const Params& p, const Tile& tile) {
-    for (uint32_t run = threadIdx.x; tile.has(p.index, run); run += kThreads) {
-      const RunPlace place = tile.place_of(p.index, run);
-      const bool begins = run > 0 || tile.starts_run;
-      const Channel found = find_channel(p, place.channel, place.sample == 0 && begins);
-      channels[run] = {found.mean, found.scale, found.bias, 0};
-    }
-    __syncthreads();
+  __device__ void put(uint32_t run, const Channel& found) {
+    channels[run] = {found.mean, found.scale, found.bias, 0};
   }
 };
 
+// Each channel is saved where its run of the first sample begins.
+template <class Params, class Table>
+__device__ void fill(const Params& p, const Tile& tile, Table& table) {
+  for (uint32_t run = threadIdx.x; tile.has(p.index, run); run += kThreads) {
+    const RunPlace place = tile.place_of(p.index, run);
+    const bool begins = run > 0 || tile.starts_run;
+    table.put(run, find_channel(p, place.channel, place.sample == 0 && begins));
+  }
+  __syncthreads();
+}
+
 // The channels of one pack of a tile, which starts behind the first `passed` elements of a run.
+template <class Table>
 struct PlanarChannels {
-  const PlanarTable& table;
+  const Table& table;
   uint32_t run, passed, inner;
 
   template <class Body>
   __device__ void with_channels(uint32_t count, Body body) const {
-    const Channel first = table[run];
+    const auto first = table[run];
     if (passed <= inner - count) [[likely]] {
       body(OneChannel{first});
     } else {
@@ -139,25 +179,28 @@ struct PeriodicTable {
   alignas(16) float scale[kMaxBlockColumns * kPackSize];
   alignas(16) float bias[kMaxBlockColumns * kPackSize];
 
-  // Each channel is saved by the first blocks, where it first occurs.
-  template <class Params>
-  __device__ void fill(const Params& p) {
-    const uint32_t lanes = blockDim.x * kPackSize, first = blockIdx.x * lanes;
-    const uint32_t period = static_cast<uint32_t>(p.index.columns) * kPackSize;
-    for (uint32_t i = thread_in_block(); i < lanes && first + i < period;
-         i += blockDim.x * blockDim.y) {
-      const uint32_t run = divide(first + i, p.index.by_inner);
-      const uint32_t sample = divide(run, p.index.by_channels);
-      const uint32_t channel = run - sample * p.index.by_channels.divisor;
-      const bool occurs = sample == 0 && run * p.index.by_inner.divisor == first + i;
-      const Channel found = find_channel(p, channel, blockIdx.y == 0 && occurs);
-      mean[i] = found.mean;
-      scale[i] = found.scale;
-      bias[i] = found.bias;
-    }
-    __syncthreads();
+  __device__ void put(uint32_t i, const Channel& found) {
+    mean[i] = found.mean;
+    scale[i] = found.scale;
+    bias[i] = found.bias;
   }
 };
+
+// Each channel is saved by the first blocks, where it first occurs.
+template <class Params, class Table>
+__device__ void fill(const Params& p, Table& table) {
+  const uint32_t lanes = blockDim.x * kPackSize, first = blockIdx.x * lanes;
+  const uint32_t period = static_cast<uint32_t>(p.index.columns) * kPackSize;
+  for (uint32_t i = thread_in_block(); i < lanes && first + i < period;
+       i += blockDim.x * blockDim.y) {
+    const uint32_t run = divide(first + i, p.index.by_inner);
+    const uint32_t sample = divide(run, p.index.by_channels);
+    const uint32_t channel = run - sample * p.index.by_channels.divisor;
+    const bool occurs = sample == 0 && run * p.index.by_inner.divisor == first + i;
+    table.put(i, find_channel(p, channel, blockIdx.y == 0 && occurs));
+  }
+  __syncthreads();
+}
 
 // The channels of a thread's 8 lanes.
 struct EightChannels {
@@ -211,6 +254,9 @@ struct SharedChannels {
     return value;
   }
 };
+
+template <bool kInShared>
+using LaneChannels = std::conditional_t<kInShared, SharedChannels, EightChannels>;
 
 }  // namespace
 }  // namespace frozen_bn::cuda

@@ -43,7 +43,7 @@ __device__ inline uint32_t mask_bits<Activation::kRelu>(const Floats& z) {
   return bits;
 }
 
-template <class T, Activation kAct, bool kResidual, class At, class Channels>
+template <class T, Activation kAct, bool kPair = false, bool kResidual, class At, class Channels>
 __device__ void forward_pack(
     const ForwardParams& p, At at, const ForwardInputs<T, kResidual>& inputs,
     const Channels& channels) {
@@ -51,11 +51,19 @@ __device__ void forward_pack(
   channels.with_channels(at.count, [&](const auto& channel_of) {
 #pragma unroll
     for (int k = 0; k < kPackSize; ++k) {
-      const Channel c = channel_of(k);
+      const auto c = channel_of(k);
       x.lane[k] = normalize(x.lane[k], c.mean, c.scale, c.bias);
     }
+    if constexpr (kPair) {
+      const Floats residual = unpack<T>(inputs.residual);
+#pragma unroll
+      for (int k = 0; k < kPackSize; ++k) {
+        const auto c = channel_of(k);
+        x.lane[k] = normalize(residual.lane[k], c.residual_mean, c.residual_scale, x.lane[k]);
+      }
+    }
   });
-  if constexpr (kResidual) {
+  if constexpr (kResidual && !kPair) {
     const Floats residual = unpack<T>(inputs.residual);
 #pragma unroll
     for (int k = 0; k < kPackSize; ++k) x.lane[k] += residual.lane[k];
@@ -93,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   constexpr bool kInShared = needs_input(kAct);  // smooth: registers are scarce
   using Inputs = ForwardInputs<T, kResidual>;
   constexpr int kInFlight = kInShared && kResidual ? 1 : kForwardInFlight<T>;
-  traverse_periodic<Inputs, kInFlight, kInShared>(
+  traverse_periodic<Inputs, kInFlight, LaneChannels<kInShared>>(
       p, table, Column(p.index), [&](auto at, const Inputs& inputs, const auto& channels) {
         forward_pack<T, kAct>(p, at, inputs, channels);
       });

@@ -1,5 +1,4 @@
 // The __global__ functions. Torch-free.
 #pragma once
 
-#include "backward.cuh"
-#include "forward.cuh"
+#include "pair.cuh"

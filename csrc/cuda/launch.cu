@@ -63,6 +63,30 @@ cudaError_t launch_forward(
   });
 }
 
+cudaError_t launch_forward_pair(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardPairParams& params,
+    cudaStream_t stream) {
+  return dispatch(dtype, activation, [&](auto* storage, auto act) {
+    using T = std::remove_pointer_t<decltype(storage)>;
+    launch(
+        plan.variant == Variant::kPlanar ? frozen_bn_forward_pair_planar_kernel<T, act.value>
+                                         : frozen_bn_forward_pair_periodic_kernel<T, act.value>,
+        plan, params, stream);
+  });
+}
+
+cudaError_t launch_backward_pair(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardPairParams& params,
+    cudaStream_t stream) {
+  return dispatch(dtype, gradient_kind(activation), [&](auto* storage, auto act) {
+    using T = std::remove_pointer_t<decltype(storage)>;
+    launch(
+        plan.variant == Variant::kPlanar ? frozen_bn_backward_pair_planar_kernel<T, act.value>
+                                         : frozen_bn_backward_pair_periodic_kernel<T, act.value>,
+        plan, params, stream);
+  });
+}
+
 cudaError_t launch_backward(
     Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardParams& params,
     cudaStream_t stream) {

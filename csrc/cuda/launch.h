@@ -15,6 +15,14 @@ cudaError_t launch_forward(
     Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardParams& params,
     cudaStream_t stream);
 
+cudaError_t launch_forward_pair(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardPairParams& params,
+    cudaStream_t stream);
+
+cudaError_t launch_backward_pair(
+    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardPairParams& params,
+    cudaStream_t stream);
+
 cudaError_t launch_backward(
     Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardParams& params,
     cudaStream_t stream);

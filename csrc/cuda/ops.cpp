@@ -54,6 +54,20 @@ ChannelVector channel_vector(const OptionalTensor& t) {
   return t ? ChannelVector{t->data_ptr(), dtype_of(*t)} : ChannelVector{nullptr, Dtype::kFloat};
 }
 
+BranchVectors branch_vectors(const Statistics& s) {
+  BranchVectors v{};
+  v.mean = channel_vector(s.mean);
+  v.var = channel_vector(s.var);
+  v.weight = channel_vector(s.weight);
+  v.bias = channel_vector(s.bias);
+  v.all_float = true;
+  for (const ChannelVector& vector : {v.mean, v.var, v.weight, v.bias}) {
+    v.all_float &= vector.dtype == Dtype::kFloat;
+  }
+  v.eps = static_cast<float>(s.eps);
+  return v;
+}
+
 bool is_aligned(std::initializer_list<const void*> pointers) {
   return std::all_of(pointers.begin(), pointers.end(), [](const void* p) {
     return reinterpret_cast<uintptr_t>(p) % 16 == 0;
@@ -61,31 +75,27 @@ bool is_aligned(std::initializer_list<const void*> pointers) {
 }
 
 void run_forward(const ForwardArguments& a, const Layout& layout) {
-  check_kernel_dtype("forward", "input", a.input);
-  if (a.residual_statistics) fail("forward_pair: expected a CPU tensor");
+  const bool pair = a.residual_statistics.has_value();
+  const char* op = pair ? "forward_pair" : "forward";
+  check_kernel_dtype(op, "input", a.input);
   const Device device(a.input);
   if (layout.numel == 0) return;
   const LaunchPlan plan = plan_launch(layout, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
-  ForwardParams params{};
+  ForwardPairParams params{};
   params.input = a.input.data_ptr();
   params.residual = data_or_null(a.residual);
   params.output = a.output.data_ptr();
   params.mask = static_cast<uint8_t*>(data_or_null(a.mask));
   params.coefficients = static_cast<float*>(data_or_null(a.coefficients));
-  params.mean = channel_vector(a.statistics.mean);
-  params.var = channel_vector(a.statistics.var);
-  params.weight = channel_vector(a.statistics.weight);
-  params.bias = channel_vector(a.statistics.bias);
-  params.float_vectors = true;
-  for (const ChannelVector& v : {params.mean, params.var, params.weight, params.bias}) {
-    params.float_vectors &= v.dtype == Dtype::kFloat;
-  }
-  params.eps = static_cast<float>(a.statistics.eps);
+  params.vectors = branch_vectors(a.statistics);
+  if (pair) params.residual_vectors = branch_vectors(*a.residual_statistics);
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.index =
       make_index(layout, plan, is_aligned({params.input, params.residual, params.output}));
-  check_cuda(
-      "forward", launch_forward(dtype_of(a.input), a.activation, plan, params, device.stream()));
+  const auto launch = [&](auto launcher) {
+    check_cuda(op, launcher(dtype_of(a.input), a.activation, plan, params, device.stream()));
+  };
+  pair ? launch(launch_forward_pair) : launch(launch_forward);
 }
 
 void reduce_partial_sums(
@@ -121,7 +131,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
     partial_sums = torch::stable::new_empty(
         a.coefficients, {plan.partial_rows, 2, plan.partial_width}, ScalarType::Float);
   }
-  BackwardParams params{};
+  BackwardPairParams params{};
   params.grad_output = a.grad_output.data_ptr();
   params.input = needs_input(a.activation) || a.grad_weight ? data_or_null(a.input) : nullptr;
   params.residual = needs_input(a.activation) ? data_or_null(a.residual) : nullptr;
@@ -138,9 +148,11 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
       is_aligned(
           {params.grad_output, params.input, params.residual, params.grad_input,
            params.grad_residual}));
-  check_cuda(
-      "backward",
-      launch_backward(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));
+  const auto launch = [&](auto launcher) {
+    check_cuda(
+        "backward", launcher(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));
+  };
+  a.pair() ? launch(launch_backward_pair) : launch(launch_backward);
   if (wants_sums) reduce_partial_sums(a, params, layout, plan, device.stream());
 }
 

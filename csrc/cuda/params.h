@@ -55,6 +55,13 @@ struct ChannelVector {
   Dtype dtype;
 };
 
+// What a branch is normalized with.
+struct BranchVectors {
+  ChannelVector mean, var, weight, bias;
+  bool all_float;
+  float eps;
+};
+
 struct ForwardParams {
   Index index;
   const void* input;
@@ -62,10 +69,13 @@ struct ForwardParams {
   void* output;
   uint8_t* mask;        // or null; one byte a pack
   float* coefficients;  // or null; [kRows, C]
-  ChannelVector mean, var, weight, bias;
-  bool float_vectors;  // all of them
-  float eps;
+  BranchVectors vectors;
   float negative_slope;
+};
+
+// Of a pair: the residual is never null, the coefficients are [kPairRows, C].
+struct ForwardPairParams : ForwardParams {
+  BranchVectors residual_vectors;
 };
 
 struct BackwardParams {
@@ -82,6 +92,9 @@ struct BackwardParams {
   uint32_t segments;
   float negative_slope;
 };
+
+// Of a pair, likewise: smooth activations have both branches, and there are no sums.
+struct BackwardPairParams : BackwardParams {};
 
 struct ReduceParams {
   const float* partial_sums;  // [rows, 2, width]

@@ -8,15 +8,14 @@ namespace frozen_bn::cuda {
 namespace {
 
 // `at(k)`: where the thread's k-th pack is.
-template <class Inputs, int kInFlight, class Params, class At, class Body>
-__device__ void traverse_tile(
-    const Params& p, PlanarTable& table, const Tile& tile, At at, Body body) {
+template <class Inputs, int kInFlight, class Params, class Table, class At, class Body>
+__device__ void traverse_tile(const Params& p, Table& table, const Tile& tile, At at, Body body) {
 #pragma unroll
   for (int first = 0; first < kPacksPerThread; first += kInFlight) {
     Inputs inputs[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) inputs[k] = Inputs(p, at(first + k));
-    if (first == 0) table.fill(p, tile);
+    if (first == 0) fill(p, tile, table);
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const auto here = at(first + k);
@@ -24,14 +23,14 @@ __device__ void traverse_tile(
       const uint32_t place = Tile::pack(first + k) * kPackSize + tile.skipped;
       const uint32_t run = divide(place, p.index.by_tile_inner);
       const uint32_t passed = place - run * p.index.tile_inner;
-      body(here, inputs[k], PlanarChannels{table, run, passed, p.index.tile_inner});
+      body(here, inputs[k], PlanarChannels<Table>{table, run, passed, p.index.tile_inner});
     }
   }
 }
 
 // Returns the block's tile.
-template <class Inputs, int kInFlight, class Params, class Body>
-__device__ Tile traverse_planar(const Params& p, PlanarTable& table, Body body) {
+template <class Inputs, int kInFlight, class Params, class Table, class Body>
+__device__ Tile traverse_planar(const Params& p, Table& table, Body body) {
   if (blockIdx.x < p.index.whole_tiles) [[likely]] {
     const Tile tile(p.index, blockIdx.x, kTileSize);
     const int64_t first = int64_t{blockIdx.x} * kTilePacks + Tile::pack(0);
@@ -49,13 +48,12 @@ __device__ Tile traverse_planar(const Params& p, PlanarTable& table, Body body) 
   return tile;
 }
 
-// The thread's channels stay in registers, or in shared memory where the body needs those itself.
-template <class Inputs, int kInFlight, bool kInShared, class Params, class Body>
-__device__ void traverse_periodic(
-    const Params& p, PeriodicTable& table, const Column& column, Body body) {
-  table.fill(p);
+// Channels: what gives the thread's lanes theirs, from the table.
+template <class Inputs, int kInFlight, class Channels, class Params, class Table, class Body>
+__device__ void traverse_periodic(const Params& p, Table& table, const Column& column, Body body) {
+  fill(p, table);
   if (!column.exists) return;
-  const std::conditional_t<kInShared, SharedChannels, EightChannels> channels(table);
+  const Channels channels(table);
   int64_t i = column.first;
   const int64_t ahead = (kInFlight - 1) * column.step;
 #pragma unroll 1

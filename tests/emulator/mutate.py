@@ -15,6 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch import Tensor
 import frozen_bn
 from emulator import huge, runtime
 from emulator.machine import EmulationError
+from frozen_bn.checks import Statistics
+from frozen_bn.pair import frozen_batch_norm_pair
 
 TESTS = Path(__file__).parents[1]
 
@@ -48,8 +51,8 @@ MUTATIONS = [
     ),
     Mutation(
         "scale and bias swapped", "cuda/channels.cuh",
-        "return {row[0], row[p.index.channels], row[2 * p.index.channels]};",
-        "return {row[0], row[2 * p.index.channels], row[p.index.channels]};",
+        "return {row[kMean], row[kScale * p.index.channels], row[kBias * p.index.channels]};",
+        "return {row[kMean], row[kBias * p.index.channels], row[kScale * p.index.channels]};",
     ),
     Mutation(
         "a mask bit dropped", "cuda/forward.cuh",
@@ -69,7 +72,8 @@ MUTATIONS = [
     ),
     Mutation(
         "no barrier behind the table", "cuda/channels.cuh",
-        "found.bias, 0};\n    }\n    __syncthreads();", "found.bias, 0};\n    }",
+        "place.sample == 0 && begins));\n  }\n  __syncthreads();",
+        "place.sample == 0 && begins));\n  }",
     ),
     Mutation(
         "no barrier before a tile's sums", "cuda/backward.cuh",
@@ -122,6 +126,22 @@ MUTATIONS = [
         "+ number * kPackSize", "+ static_cast<uint32_t>(number) * kPackSize",
     ),
     Mutation(
+        "scales of a pair swapped", "cuda/backward.cuh",
+        "gradient.lane[k] * channels(k).residual_scale;", "gradient.lane[k] * channels(k).scale;",
+    ),
+    Mutation(
+        "mean of the wrong branch", "cuda/channels.cuh",
+        "return {own, residual.mean, residual.scale};", "return {own, own.mean, residual.scale};",
+    ),
+    Mutation(
+        "bias of a pair's residual dropped", "cuda/channels.cuh", "own.bias += residual.bias;", "",
+    ),
+    Mutation(
+        "no barrier behind the table of columns", "cuda/channels.cuh",
+        "blockIdx.y == 0 && occurs));\n  }\n  __syncthreads();",
+        "blockIdx.y == 0 && occurs));\n  }",
+    ),
+    Mutation(
         "wrong run", "cuda/index.cuh",
         "first_run = start / index.inner;", "first_run = start / index.tile_inner;", wide=True,
     ),
@@ -138,6 +158,7 @@ class Configuration:
     channels_last: bool = False
     residual: bool = False
     affine: bool = True  # with gradients
+    pair: bool = False  # the residual is normalized as well
     offset: int = 0  # elements by which the tensors' addresses are off
 
     def tensor(self) -> Tensor:
@@ -167,6 +188,10 @@ CONFIGURATIONS = [
     Configuration((3, 7, 11, 13), torch.float32, "leaky_relu", channels_last=True),
     Configuration((3, 7, 5, 5), torch.float16, "relu", channels_last=True, offset=1),
     Configuration((3, 10, 2, 3), torch.float32, "hardswish", residual=True),
+    Configuration((2, 6, 7, 7), torch.float16, "relu", residual=True, pair=True),
+    Configuration(
+        (3, 7, 5, 5), torch.float32, "silu", channels_last=True, residual=True, pair=True
+    ),
 ]
 
 
@@ -181,18 +206,24 @@ def compare(emulator: runtime.Emulator, configuration: Configuration) -> None:
     channels, affine = configuration.shape[1], configuration.affine
     x, grad = configuration.tensor().requires_grad_(), configuration.tensor()
     mean, var = torch.randn(channels), torch.rand(channels) + 0.5
+    affine = affine and not configuration.pair
     weight, bias = (torch.randn(channels).requires_grad_(affine) for _ in range(2))
+    other = Statistics(*torch.rand(4, channels).unbind(), 0.5)
     residual = configuration.tensor().requires_grad_() if configuration.residual else None
     wanted = [t for t in (x, residual, weight, bias) if t is not None and t.requires_grad]
 
-    def run(function: object) -> tuple[Tensor, ...]:
+    def run(single: Any, pair: Any) -> tuple[Tensor, ...]:
         activation = configuration.activation
-        y = function(x, mean, var, weight, bias, activation=activation, residual=residual)  # type: ignore[operator]
+        if configuration.pair:
+            y = pair(x, (mean, var, weight, bias, 1e-5), residual, other, activation=activation)
+        else:
+            y = single(x, mean, var, weight, bias, activation=activation, residual=residual)
         return (y, *torch.autograd.grad(y, wanted, grad))
 
-    expected = run(frozen_bn.reference.frozen_batch_norm)
+    reference = frozen_bn.reference
+    expected = run(reference.frozen_batch_norm, reference.frozen_batch_norm_pair)
     with emulator.active():
-        actual = run(frozen_bn.frozen_batch_norm)
+        actual = run(frozen_bn.frozen_batch_norm, frozen_batch_norm_pair)
     names = ["output", "grad_input", *["grad_residual"] * configuration.residual]
     names += ["grad_weight", "grad_bias"]
     for name, a, e in zip(names, actual, expected, strict=False):
