@@ -36,7 +36,8 @@ def kernels(request: pytest.FixtureRequest, every_kernel: list) -> list:
 
 def test_there_is_every_kind_of_kernel(kernels):
     kinds = {kernel.name.partition("<")[0] for kernel in kernels}
-    assert kinds >= {"forward_planar", "forward_periodic", "backward_planar", "backward_periodic"}
+    ways = [f"{way}_{walk}" for way in ("forward", "backward") for walk in ("planar", "periodic")]
+    assert kinds >= {*ways, *(way.replace("_", "_pair_") for way in ways)}
     names = [kernel.name for kernel in kernels]
     assert len(set(names)) == len(names)
     for dtype in ("float", "half", "bfloat16"):
@@ -66,7 +67,7 @@ def _vector_accesses(name: str) -> tuple[int, int]:
         loads, stores = 1 + ("true" in rest), 1  # input, residual; output
     else:
         loads = 1 + (smooth or "true" in rest) + smooth  # grad_output; input; residual
-        stores = 1 + (activation != "none")  # grad_input; grad_residual
+        stores = 1 + (activation != "none" or "pair" in kind)  # grad_input; grad_residual
     a_pack = 2 if dtype == "float" else 1
     return loads * a_pack, stores * a_pack
 
