@@ -158,15 +158,16 @@ struct Operators {
       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
       double eps, int64_t activation, double negative_slope, const Tensor& output,
       const OptionalTensor& coefficients, const OptionalTensor& mask) {
-    run("forward", {input,
-                    {running_mean, running_var, weight, bias, eps},
-                    residual,
-                    std::nullopt,
-                    check_activation("forward", activation),
-                    negative_slope,
-                    output,
-                    coefficients,
-                    mask});
+    run("forward", output,
+        {input,
+         {running_mean, running_var, weight, bias, eps},
+         residual,
+         std::nullopt,
+         check_activation("forward", activation),
+         negative_slope,
+         output,
+         coefficients,
+         mask});
   }
 
   static void forward_pair(
@@ -176,7 +177,7 @@ struct Operators {
       const OptionalTensor& residual_weight, const OptionalTensor& residual_bias,
       double residual_eps, int64_t activation, double negative_slope, const Tensor& output,
       const OptionalTensor& coefficients, const OptionalTensor& mask) {
-    run("forward_pair",
+    run("forward_pair", output,
         {input,
          {running_mean, running_var, weight, bias, eps},
          residual,
@@ -210,8 +211,7 @@ struct Operators {
   }
 
  private:
-  static void run(const char* op, ForwardArguments a) {
-    const Tensor output = a.output;
+  static void run(const char* op, const Tensor& output, ForwardArguments a) {
     check(op, a);
     run_forward(a, make_alike(a));
     copy_back(a.output, output);
