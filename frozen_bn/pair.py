@@ -105,6 +105,40 @@ class _FrozenBatchNormPair(torch.autograd.Function):
         return grad_input if needs_input else None, grad_residual, None
 
 
+def _run(input: Tensor, residual: Tensor, constants: _Constants) -> Tensor:
+    """By the kernels, and recorded by autograd where a gradient is wanted."""
+    statistics, residual_statistics, code, negative_slope, inplace = constants
+    if inplace:
+        check_inplace(input, "forward_pair")
+        if _shares_storage(residual, input):
+            residual = residual.clone()
+    if torch.is_grad_enabled() and (input.requires_grad or residual.requires_grad):
+        if inplace:
+            check_history(input, "forward_pair")
+            # Where the gradient needs the input's values, they have to outlive the overwriting.
+            if code in SMOOTH:
+                constants = (statistics, residual_statistics, code, negative_slope, False)
+                source = input.clone()
+                return input.copy_(_FrozenBatchNormPair.apply(source, residual, constants))
+        result: Tensor = _FrozenBatchNormPair.apply(input, residual, constants)
+        return result
+    output = input if inplace else torch.empty_like(input)
+    _forward_pair(
+        input,
+        *statistics,
+        residual,
+        *residual_statistics,
+        code,
+        negative_slope,
+        output,
+        None,
+        None,
+    )
+    if inplace:
+        torch.autograd.graph.increment_version(input)
+    return output
+
+
 def frozen_batch_norm_pair(
     input: Tensor,
     statistics: Statistics,
@@ -168,49 +202,17 @@ def frozen_batch_norm_pair(
         code = _CODES[activation]
     except (KeyError, TypeError):
         code = activation_code(activation, "forward_pair")  # raises
-    if inplace:
-        check_inplace(input, "forward_pair")
-        if _shares_storage(residual, input):
-            residual = residual.clone()
-    if torch.is_grad_enabled():
-        if any(vector is not None and vector.requires_grad for vector in affine):
-            # Their gradients are channel sums, which the kernels of a pair do not take.
-            check_forward(input, statistics, residual, residual_statistics)
-            return frozen_batch_norm(
-                input,
-                *statistics,
-                activation=activation,
-                negative_slope=negative_slope,
-                residual=frozen_batch_norm(residual, *residual_statistics),
-                inplace=inplace,
-            )
-        if input.requires_grad or residual.requires_grad:
-            if inplace:
-                check_history(input, "forward_pair")
-            # Where the gradient needs the input's values, they have to outlive the overwriting.
-            keep = inplace and code in SMOOTH
-            constants = (
-                statistics,
-                residual_statistics,
-                code,
-                negative_slope,
-                inplace and not keep,
-            )
-            source = input.clone() if keep else input
-            result: Tensor = _FrozenBatchNormPair.apply(source, residual, constants)
-            return input.copy_(result) if keep else result
-    output = input if inplace else torch.empty_like(input)
-    _forward_pair(
-        input,
-        *statistics,
-        residual,
-        *residual_statistics,
-        code,
-        negative_slope,
-        output,
-        None,
-        None,
-    )
-    if inplace:
-        torch.autograd.graph.increment_version(input)
-    return output
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in affine):
+        # Their gradients are channel sums, which the kernels of a pair do not take.
+        check_forward(input, statistics, residual, residual_statistics)
+        if inplace:
+            check_inplace(input, "forward_pair")
+        return frozen_batch_norm(
+            input,
+            *statistics,
+            activation=activation,
+            negative_slope=negative_slope,
+            residual=frozen_batch_norm(residual, *residual_statistics),
+            inplace=inplace,
+        )
+    return _run(input, residual, (statistics, residual_statistics, code, negative_slope, inplace))
