@@ -12,6 +12,7 @@ from . import fold, reference
 from .checks import SMOOTH, activation_code
 from .functional import activate
 from .modules import _FrozenBatchNorm
+from .pair import frozen_batch_norm_pair
 
 
 def input_is_saved(bn: _FrozenBatchNorm, activation: str | None) -> bool:
@@ -60,8 +61,21 @@ def normalize_branches(
     into: bool,
 ) -> Tensor:
     """``act(bn(input) + other_bn(other_input))``."""
-    residual = normalize(other_bn, other_input, overwrite_other, None, None, 0.0, False)
-    return normalize(bn, input, overwrite, residual, activation, negative_slope, into)
+    trained = bn.trains_affine() or other_bn.trains_affine()
+    if trained or not _is_plain_sum(input, other_input):
+        residual = normalize(other_bn, other_input, overwrite_other, None, None, 0.0, False)
+        return normalize(bn, input, overwrite, residual, activation, negative_slope, into)
+    bn.check_rank(input)
+    saved = torch.is_grad_enabled() and input_is_saved(bn, activation)
+    return frozen_batch_norm_pair(
+        input,
+        bn.statistics(),
+        other_input,
+        other_bn.statistics(),
+        activation=activation,
+        negative_slope=negative_slope,
+        inplace=overwrite and not saved,
+    )
 
 
 def convolve(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> Tensor:

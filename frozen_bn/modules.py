@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.overrides import has_torch_function_unary
 
-from .checks import activation_code, fail
+from .checks import Statistics, activation_code, fail
 from .functional import frozen_batch_norm
 
 
@@ -86,21 +86,31 @@ class _FrozenBatchNorm(nn.Module):
         inplace: bool,
     ) -> Tensor:
         """:meth:`forward` with other options than the module's own."""
-        if not has_torch_function_unary(input) and self._ranks and input.dim() not in self._ranks:
-            ranks = " or ".join(map(str, self._ranks))
-            raise fail("forward", f"input to have {ranks} dimensions", f"shape {list(input.shape)}")
+        self.check_rank(input)
         return frozen_batch_norm(
             input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
+            *self.statistics(),
             activation=activation,
             negative_slope=negative_slope,
             residual=residual,
             inplace=inplace,
         )
+
+    def statistics(self) -> Statistics:
+        """What it normalizes with."""
+        return Statistics(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+    def trains_affine(self) -> bool:
+        """Whether a gradient is wanted of weight or bias."""
+        return torch.is_grad_enabled() and any(
+            vector is not None and vector.requires_grad for vector in (self.weight, self.bias)
+        )
+
+    def check_rank(self, input: Tensor) -> None:
+        """Raises what ``forward`` raises for an input of another rank."""
+        if not has_torch_function_unary(input) and self._ranks and input.dim() not in self._ranks:
+            ranks = " or ".join(map(str, self._ranks))
+            raise fail("forward", f"input to have {ranks} dimensions", f"shape {list(input.shape)}")
 
     def _load_from_state_dict(
         self,
