@@ -9,7 +9,7 @@ the convolution is not needed for any of them (unlike for the affine gradient of
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,8 +25,18 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
 
-#: Folded weight and bias by batch normalization, with what tells whether they are still right.
-_cache: WeakKeyDictionary[nn.Module, tuple[Any, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+class _Folded(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    sources: list[Tensor]  # what it was made of,
+    state: list[tuple[Any, ...]]  # and how that was then
+    kept: list[Any]  # the storages, so that their addresses do not recur
+
+
+#: By batch normalization, what was folded while no gradient was wanted.
+_cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
 
 
 def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
@@ -74,16 +84,21 @@ def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     if differentiated or any(t.is_inference() for t in tensors):
         _cache.pop(bn, None)
         return fold(conv, bn)
-    key = bn.eps, [(id(t), t._version, t.untyped_storage()._cdata, t.dtype) for t in tensors]
-    known, folded = _cache.get(bn, (None, None))
-    if folded is None or known != key:
-        folded = fold(conv, bn)
-        _cache[bn] = key, folded
-    return folded
+    storages = [t.untyped_storage() for t in tensors]
+    state = [(id(t), t._version, t.untyped_storage()._cdata, t.dtype) for t in tensors]
+    known = _cache.get(bn)
+    if known is None or known.state != state or known.eps != bn.eps:
+        # Outside of inference mode, for a later call may save them for its backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            known = _Folded(*fold(conv, bn), bn.eps, tensors, state, storages)
+        _cache[bn] = known
+    return known.weight, known.bias
 
 
 def convolve(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> Tensor:
-    """``bn(conv(input))`` by one convolution."""
+    """``bn(conv(input))`` by one convolution, but for an activation that ``bn`` has."""
+    if input.dim() != cast(Tensor, conv.weight).dim():  # no batch: ``bn`` has something to say
+        return bn.normalize(conv(input), None, None, 0.0, False)
     weight, bias = _folded(conv, bn)
     transposed = _TRANSPOSED.get(type(conv))
     if transposed is None:
