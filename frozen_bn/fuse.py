@@ -12,6 +12,7 @@ says so (see ``TracedForward``).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections import Counter
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import fold, merged
 from .modules import Fate, _FrozenBatchNorm
@@ -90,7 +92,7 @@ class _Matcher:
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
         module = self.owner.get_submodule(str(node.target))
-        return None if has_hooks(module) else module
+        return None if has_hooks(module) or "forward" in vars(module) else module
 
     def bn(self, node: object) -> _FrozenBatchNorm | None:
         if not isinstance(node, fx.Node) or node in self.taken:
@@ -129,8 +131,22 @@ class _Matcher:
         return (name, slope) if isinstance(slope, float) else None
 
     def can_wait(self, bn: fx.Node, until: fx.Node) -> bool:
-        """Whether ``bn`` can be computed as late as ``until``: nothing writes to its input."""
-        return len(bn.args[0].users) == 1 or bn.next is until  # type: ignore[union-attr]
+        """Whether ``bn`` can be computed as late as ``until``: nothing in between can write to its
+        input."""
+        input = bn.args[0]
+        assert isinstance(input, fx.Node)
+        if isinstance(self.module(input), _ConvNd) and len(input.users) == 1:
+            return True  # nobody else has it
+        node = bn.next
+        while node is not until and self._only_reads(node):
+            node = node.next
+        return node is until
+
+    def _only_reads(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        return isinstance(module, _ConvNd) or (
+            isinstance(module, _FrozenBatchNorm) and not module.inplace
+        )
 
     def merge(self, bn: fx.Node) -> _Merge:
         module = self.bn(bn)
@@ -268,16 +284,18 @@ class _Plan:
     merges: list[_Merge]
     inlined: dict[str, nn.Module]
     identities: set[nn.Module]
+    asked: bool  # whether it is right only for the kind of arguments that was assumed
 
 
-def _plan(owner: nn.Module, shared: set[nn.Module]) -> _Plan:
+def _plan(owner: nn.Module, training: bool, tensors: bool, shared: set[nn.Module]) -> _Plan:
     kept = set(shared)  # Sequentials that can as well be a call, with a forward to fuse
 
     def looked_into(module: nn.Module) -> bool:
-        return is_plain_sequential(module) and module not in kept and _calls_frozen(module)
+        free = module not in kept and not has_hooks(module)  # which the trace would call
+        return free and is_plain_sequential(module) and _calls_frozen(module)
 
     while True:
-        graph, inlined = trace(owner, looked_into)
+        graph, inlined, asked = trace(owner, training, tensors, looked_into)
         identities = _skip_identities(owner, graph)
         merges = _Matcher(owner, graph, shared).merges()
         uncrossed = {
@@ -286,18 +304,20 @@ def _plan(owner: nn.Module, shared: set[nn.Module]) -> _Plan:
             if not any(_crossed(name, merge) for merge in merges)
         }
         if not uncrossed:
-            return _Plan(graph, merges, inlined, identities)
+            return _Plan(graph, merges, inlined, identities, asked)
         kept |= uncrossed
 
 
-def _in_both_modes(owner: nn.Module, shared: set[nn.Module]) -> dict[bool, _Plan]:
-    plans = {}
-    training = owner.training
-    try:
-        for owner.training in (not training, training):
-            plans[owner.training] = _plan(owner, shared)
-    finally:
-        owner.training = training
+def _plans(owner: nn.Module, shared: set[nn.Module]) -> dict[tuple[bool, bool | None], _Plan]:
+    """By ``training``, and whether the arguments are tensors if that matters. The present mode
+    comes last."""
+    plans: dict[tuple[bool, bool | None], _Plan] = {}
+    for training in (not owner.training, owner.training):
+        plan = _plan(owner, training, True, shared)
+        plans[training, True if plan.asked else None] = plan
+        if plan.asked:
+            with contextlib.suppress(CannotTrace):
+                plans[training, False] = _plan(owner, training, False, shared)
     return plans
 
 
@@ -318,18 +338,20 @@ def _tell(owner: nn.Module, merge: _Merge, fold_conv: bool) -> None:
         bn = owner.get_submodule(str(half.bn.target))
         assert isinstance(bn, _FrozenBatchNorm)
         folds = fold_conv and half.conv is not None
-        bn.fate = Fate(
+        fate = Fate(
             merged=merge.description(),
             folded_into=str(half.conv.target) if folds else "",  # type: ignore[union-attr]
             in_place=half.conv is not None
             and not folds
             and not merged.input_is_saved(bn, merge.activation),
         )
+        if fate.merged or not bn.fate.merged:  # the forward of a container may never be called
+            bn.fate = fate
 
 
 def _fuse_forward(owner: nn.Module, fold_conv: bool, shared: set[nn.Module]) -> set[nn.Module]:
     """Returns the Sequentials that ``owner`` now runs through by itself."""
-    plans = _in_both_modes(owner, shared)
+    plans = _plans(owner, shared)
     parts: set[nn.Module] = set()
     containers: set[nn.Module] = set()
     inlined: set[nn.Module] = set()
@@ -343,7 +365,7 @@ def _fuse_forward(owner: nn.Module, fold_conv: bool, shared: set[nn.Module]) -> 
             parts |= {*map(owner.get_submodule, called)}
             _rewrite(plan.graph, merge, fold_conv)
     if any(plan.merges for plan in plans.values()):
-        graphs = {training: plan.graph for training, plan in plans.items()}
+        graphs = {key: plan.graph for key, plan in plans.items()}
         owner.forward = TracedForward(owner, graphs, parts | inlined, containers)
     return inlined
 
@@ -362,8 +384,8 @@ def _tell_rest(root: nn.Module, shared: set[nn.Module]) -> None:
 def fuse_forwards(root: nn.Module, fold_conv: bool) -> None:
     """Fuses every frozen batch normalization in ``root`` that can be, in place."""
     unfuse_forwards(root)
-    places = Counter(child for module in root.modules() for child in module.children())
-    shared = {module for module, count in places.items() if count > 1}
+    places = Counter(child for module in root.modules() for child in module._modules.values())
+    shared = {module for module, count in places.items() if module is not None and count > 1}
     inlined: set[nn.Module] = set()
     for module in root.modules():
         if isinstance(module, _FrozenBatchNorm) or module in inlined or not _calls_frozen(module):
