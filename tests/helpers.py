@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import frozen_bn
 
@@ -46,6 +47,54 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         torch.testing.assert_close(
             actual[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def calm_(module: nn.Module) -> nn.Module:
+    """As :func:`randomize_`, with values that do not grow over the layers of a deep network."""
+    for layer in randomize_(module).modules():
+        if isinstance(getattr(layer, "running_var", None), Tensor):
+            layer.running_mean.mul_(0.3)
+            if layer.bias is not None:
+                layer.bias.data.mul_(0.3)
+    return module
+
+
+def outputs_and_gradients(net: nn.Module, *inputs: object, seed: int = 1) -> dict[str, Tensor]:
+    """What ``net`` returns, and the gradients of a loss of all of it, by name."""
+    net.zero_grad()
+    leaves = [t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for t in inputs]
+    torch.manual_seed(seed)
+    # Times one, for a forward may write to its input, which a leaf forbids.
+    returned = net(*(t * 1 if isinstance(t, Tensor) else t for t in leaves))
+    outputs = [t for t in tree_leaves(returned) if isinstance(t, Tensor)]
+    values = {f"output {i}": t.detach().clone() for i, t in enumerate(outputs)}
+    loss = sum(((t.square() + t).mean() for t in outputs), torch.zeros(()))
+    if loss.requires_grad:
+        loss.backward()
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.grad is not None:
+            values[f"gradient of input {i}"] = leaf.grad
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            values[f"gradient of {name}"] = parameter.grad.clone()
+    return values
+
+
+def assert_close_in_norm(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
+    """Equal names; the error of each tensor at most ``tolerance`` of its norm."""
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
+        error, scale = (actual[name] - value).norm(), value.norm()
+        assert error <= tolerance * scale + 1e-30, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def merged(module: nn.Module) -> dict[str, str]:
+    """With what each frozen layer was merged, by name, where it was."""
+    layers = {name: getattr(layer, "fate", None) for name, layer in module.named_modules()}
+    return {name: fate.merged for name, fate in layers.items() if fate and fate.merged}
 
 
 def _runnable(level: str) -> bool:

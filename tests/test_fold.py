@@ -1,0 +1,285 @@
+"""convert_frozen_bn(fold_conv=True): convolutions that carry their batch normalization. On the CPU:
+without an activation no kernel runs; test_fuse.py has those with one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_close_in_norm, outputs_and_gradients, randomize_
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from frozen_bn import convert_frozen_bn, fold
+
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+def pair(kind: type[nn.Module], rank: int, affine: bool = True, **options: object) -> nn.Sequential:
+    torch.manual_seed(0)
+    conv = kind(4, 8, 3, **options)
+    return randomize_(nn.Sequential(conv, NORMS[rank](8, affine=affine, eps=0.01)))
+
+
+def simple(**options: bool) -> nn.Sequential:
+    return convert_frozen_bn(pair(nn.Conv2d, 2), **options)
+
+
+def assert_folds(
+    net: nn.Module, x: Tensor, freeze_affine: bool = True, tolerance: float = 1e-5
+) -> nn.Module:
+    plain = convert_frozen_bn(net, freeze_affine=freeze_affine)
+    folded = convert_frozen_bn(copy.deepcopy(plain), fold_conv=True)
+    assert folded[1].fate.folded_into == "0"
+    expected = outputs_and_gradients(plain, x)
+    assert_close_in_norm(outputs_and_gradients(folded, x), expected, tolerance)
+    with torch.no_grad():
+        for _ in range(2):  # the second time, from the cache
+            actual = {"output": folded(x)}
+            assert_close_in_norm(actual, {"output": plain(x)}, tolerance)
+    return folded
+
+
+OPTIONS = [
+    {},
+    {"bias": False},
+    {"groups": 2},
+    {"groups": 4},
+    {"dilation": 2, "padding": 1},
+    {"stride": 2, "padding": 1},
+]
+
+
+@pytest.mark.parametrize("freeze_affine", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("kinds", [CONVOLUTIONS, TRANSPOSED], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kinds_of_convolution(dtype, kinds, rank, options, freeze_affine):
+    net = pair(kinds[rank], rank, **options).to(dtype)
+    x = torch.randn([2, 4] + [6] * rank, dtype=dtype)
+    assert_folds(net, x, freeze_affine, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+@pytest.mark.parametrize("padding", ["same", "valid", 1, (2, 1)], ids=str)
+def test_padding(padding, mode):
+    assert_folds(pair(nn.Conv2d, 2, padding=padding, padding_mode=mode), torch.randn(2, 4, 6, 7))
+
+
+def test_output_padding_of_a_transposed_convolution():
+    net = pair(nn.ConvTranspose2d, 2, stride=2, padding=1, output_padding=1)
+    assert_folds(net, torch.randn(2, 4, 5, 5))
+
+
+def test_without_affine():
+    assert_folds(pair(nn.Conv2d, 2, affine=False), torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_gradients_are_exact(kind):
+    net = randomize_(nn.Sequential(kind(2, 4, 2, groups=2), nn.BatchNorm2d(4)))
+    net = convert_frozen_bn(net.double(), freeze_affine=False, fold_conv=True)
+    state = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
+    assert [*state] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        for name, value in zip(state, values, strict=True):
+            module = net.get_submodule(name.split(".")[0])
+            module._parameters[name.split(".")[1]] = value
+        return net(x)
+
+    inputs = (torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True), *state.values())
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_folded_in_float32_and_rounded_once(dtype):
+    net = simple(fold_conv=True)
+    net[0].to(dtype)
+    weight, bias = fold.fold(net[0], net[1])
+    exact, exact_bias = fold.fold(copy.deepcopy(net[0]).double(), copy.deepcopy(net[1]).double())
+    assert weight.dtype == bias.dtype == dtype
+    torch.testing.assert_close(weight, exact.float().to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(bias, exact_bias.float().to(dtype), rtol=0, atol=0)
+    assert net(torch.randn(2, 4, 6, 6, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("options", [{"fuse": True}, {"fold_conv": True}], ids=str)
+def test_an_input_without_a_batch_is_refused_as_before(options):
+    messages = []
+    for net in (simple(), simple(**options)):
+        with pytest.raises(RuntimeError) as error:
+            net(torch.randn(4, 6, 6))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "4 dimensions" in messages[0]
+
+
+# The cache
+
+
+def kept(net: nn.Module) -> tuple[Tensor, Tensor]:
+    return fold._folded(net[0], net[1])
+
+
+def step(net: nn.Module) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    with torch.enable_grad():
+        net(torch.randn(2, 4, 6, 6)).square().mean().backward()
+    optimizer.step()
+
+
+def replaced(net: nn.Module) -> None:
+    """More than once: the address of the first may be taken by the last."""
+    for _ in range(4):
+        net[0].weight = nn.Parameter(net[0].weight.detach() * 1.5)
+
+
+def data(net: nn.Module) -> None:
+    for _ in range(4):
+        net[0].weight.data = net[0].weight.data * 1.5
+
+
+def loaded(net: nn.Module) -> None:
+    net.load_state_dict({name: value * 2 for name, value in net.state_dict().items()})
+
+
+REFRESHING: dict[str, Callable[[nn.Module], object]] = {
+    "optimizer": step,
+    "load_state_dict": loaded,
+    "running_mean": lambda net: net[1].running_mean.copy_(torch.ones(8)),
+    "running_var": lambda net: net[1].running_var.mul_(2),
+    "weight of the norm": lambda net: net[1].weight.mul_(2),
+    "bias": lambda net: net[0].bias.detach().add_(1),
+    "eps": lambda net: setattr(net[1], "eps", 0.5),
+    "replaced": replaced,
+    "data": data,
+    "double": lambda net: net.double(),
+    "weight removed": lambda net: setattr(net[1], "weight", None),
+    "weight norm": lambda net: parametrizations.weight_norm(net[0]),
+}
+
+
+@pytest.mark.parametrize("change", REFRESHING)
+def test_folded_weights_are_kept_until_something_changes(change):
+    net = simple(fold_conv=True)
+    with torch.no_grad():
+        first = kept(net)
+        net(torch.randn(2, 4, 6, 6))
+        assert all(a is b for a, b in zip(first, kept(net), strict=True))
+        REFRESHING[change](net)
+        x = torch.randn(2, 4, 6, 6, dtype=net[1].running_mean.dtype)
+        torch.testing.assert_close(net(x), net[1](net[0](x)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_parametrized_weight_that_is_made_anew_at_every_call():
+    net = simple(fold_conv=True)
+    parametrizations.weight_norm(net[0])
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        for _ in range(5):
+            torch.testing.assert_close(net(x), net[1](net[0](x)), rtol=1e-4, atol=1e-5)
+            net[0].parametrizations.weight.original0.mul_(1.5)
+
+
+def test_what_is_kept_does_not_take_gradients_away():
+    net, x = simple(fold_conv=True), torch.randn(2, 4, 6, 6)
+    for _ in range(2):
+        with torch.no_grad():
+            assert not net(x).requires_grad
+            assert not kept(net)[0].requires_grad
+        expected = outputs_and_gradients(simple(), x)
+        assert_close_in_norm(outputs_and_gradients(net, x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_kept_can_be_saved_for_a_backward_pass(mode):
+    net, x = simple(fold_conv=True).requires_grad_(False), torch.randn(2, 4, 6, 6)
+    with mode():
+        net(x)
+        first = kept(net)
+    x.requires_grad_()
+    net(x).sum().backward()
+    assert x.grad is not None
+    assert kept(net)[0] is first[0]
+
+
+def test_copies_do_not_share_what_is_kept():
+    net = simple(fold_conv=True)
+    with torch.no_grad():
+        kept(net)
+        other = copy.deepcopy(net)
+        other[0].weight.mul_(2)
+        x = torch.randn(2, 4, 6, 6)
+        torch.testing.assert_close(other(x), other[1](other[0](x)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(net(x), net[1](net[0](x)), rtol=1e-4, atol=1e-4)
+
+
+# What is not folded
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class ReadTwice(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        x = self[0](input)
+        return self[1](x) + x
+
+
+class CalledTwice(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return self[1](self[0](input)) + self[0](input)
+
+
+def subclass(net: nn.Module) -> None:
+    net[0] = Doubled(4, 8, 3)
+
+
+def parametrized(net: nn.Module) -> None:
+    parametrizations.weight_norm(net[0])
+
+
+def own_forward(net: nn.Module) -> None:
+    net[0].forward = lambda x: nn.Conv2d.forward(net[0], x) * 2
+
+
+def hooked(net: nn.Module) -> None:
+    net[0].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def of_class(kind: type[nn.Module]) -> Callable[[nn.Module], None]:
+    return lambda net: setattr(net, "__class__", kind)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [subclass, parametrized, own_forward, hooked, of_class(ReadTwice), of_class(CalledTwice)],
+)
+def test_what_is_not_a_convolution_of_its_own_is_not_folded(change):
+    net = pair(nn.Conv2d, 2)
+    change(net)
+    convert_frozen_bn(net)
+    x = torch.randn(2, 4, 6, 6)
+    expected = outputs_and_gradients(net, x)
+    convert_frozen_bn(net, fold_conv=True)
+    assert net[1].fate.folded_into == ""
+    assert_close_in_norm(outputs_and_gradients(net, x), expected, 1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_channels_or_ranks_that_do_not_fit_fail_as_before(rank):
+    messages = []
+    for options in ({}, {"fold_conv": True}):
+        net = randomize_(nn.Sequential(nn.Conv2d(4, 8, 3), NORMS[rank](6 if rank == 2 else 8)))
+        with pytest.raises(RuntimeError) as error:
+            convert_frozen_bn(net, **options)(torch.randn(2, 4, 6, 6))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
