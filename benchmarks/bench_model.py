@@ -1,6 +1,6 @@
 """Whole networks with frozen batch normalization, side by side:
 
-    python -m benchmarks.bench_model                        # all, about 40 minutes on two cores
+    python -m benchmarks.bench_model                        # all: about an hour on two cores
     python -m benchmarks.bench_model --models resnet50 --seconds 20 --no-compile
 
 For each network and layout one table: the time of a training step and of a forward pass without
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
-    console, load, device = Console(), OtherLoad(), torch.device(options.device)
+    console, load, device = Console(width=120), OtherLoad(), torch.device(options.device)
     plan = Plan(options.seconds, min_rounds=5, max_rounds=100)
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress:

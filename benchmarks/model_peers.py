@@ -95,21 +95,36 @@ def _with_mmcv_trick(net: nn.Module) -> nn.Module:
     return net
 
 
-def _trained(net: nn.Module) -> nn.Module:
-    """Statistics and affine that leave activations about where they are, but are no identity."""
+def _scaled(net: nn.Module, images: Tensor) -> nn.Module:
+    """``net`` with batch normalizations that are identities, and convolutions of unit variance.
+
+    So all contenders compute the same, and neither large nor denormal numbers: what convolutions
+    cost depends on that.
+    """
+
+    def scale(conv: nn.Module, _: object, output: Tensor) -> Tensor:
+        deviation = output.std()
+        conv.weight.div_(deviation)  # type: ignore[operator]
+        return output / deviation
+
     for layer in _batch_norms(net):
-        nn.init.uniform_(layer.weight, 0.8, 1.2)
-        nn.init.normal_(layer.bias, 0.0, 0.1)
-        layer.running_mean.normal_(0.0, 0.1)
-        layer.running_var.uniform_(0.8, 1.2)
-        layer.num_batches_tracked.fill_(1)
-    return net
+        layer.num_batches_tracked.fill_(1)  # type: ignore[operator]
+    convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [conv.register_forward_hook(scale) for conv in convolutions]
+    with torch.no_grad():
+        net.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return net.train()
 
 
 def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Module]:
     """The contenders, with the same weights, all in train mode but for what has to be in eval."""
     torch.manual_seed(0)
-    live = _trained(workload.build().train())
+    live = workload.build()
+    body = live.backbone.body if workload.detection else live
+    _scaled(body, torch.randn(2, 3, 224, 224))
+    live.train()
 
     def frozen(**options: bool) -> nn.Module:
         return frozen_bn.convert_frozen_bn(copy.deepcopy(live), **options)

@@ -16,10 +16,9 @@ from .pair import frozen_batch_norm_pair
 
 
 def input_is_saved(bn: _FrozenBatchNorm, activation: str | None) -> bool:
-    """Whether the backward pass reads the input, which then must not be overwritten."""
-    return torch.is_grad_enabled() and (
-        activation_code(activation) in SMOOTH or (bn.weight is not None and bn.weight.requires_grad)
-    )
+    """Whether a backward pass reads the input, which then must not be overwritten."""
+    weight = bn.weight
+    return activation_code(activation) in SMOOTH or (weight is not None and weight.requires_grad)
 
 
 def _is_plain_sum(a: Tensor, b: Tensor) -> bool:
