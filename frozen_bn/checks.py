@@ -48,6 +48,11 @@ def fail(op: str, expected: str, got: str) -> RuntimeError:
     return RuntimeError(f"frozen_bn::{op}: expected {expected}, but got {got}")
 
 
+def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
+    """What is computed in: float32, or float64 for a float64 tensor."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -122,7 +127,7 @@ def _check_internal(
 
 
 def _check_coefficients(op: str, coefficients: Tensor, input: Tensor, pair: bool) -> None:
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(input)
     shape = [PAIR_ROWS if pair else ROWS, input.shape[1]]
     _check_internal(op, "coefficients", coefficients, dtype, shape, input)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import arithmetic_dtype
 from .modules import _FrozenBatchNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -59,7 +60,7 @@ def fold(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     """The weight and bias of the convolution that does the work of both, in the dtype of ``conv``,
     computed in float32 (float64 if that is its dtype) and rounded once. Differentiable."""
     weight = cast(Tensor, conv.weight)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(weight)
     scale = 1 / torch.sqrt(bn.running_var.to(dtype) + bn.eps)
     if bn.weight is not None:
         scale = bn.weight.to(dtype) * scale

@@ -16,6 +16,7 @@ from .checks import (
     MASKED,
     SMOOTH,
     activation_code,
+    arithmetic_dtype,
     check_history,
     check_inplace,
 )
@@ -60,7 +61,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
             output = torch.empty_like(input)
         # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
         # buffers, nobody can change it in the meantime.
-        dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+        dtype = arithmetic_dtype(input)
         coefficients = torch.empty((4, running_mean.numel()), dtype=dtype, device=input.device)
         mask = None
         if code in MASKED:
@@ -186,11 +187,11 @@ def _takes_plain_path(input: Tensor, running_mean: Tensor, running_var: Tensor) 
     )
 
 
-def _code(activation: str | None) -> int:
+def _code(activation: str | None, op: str = "forward") -> int:
     try:
         return _CODES[activation]
     except (KeyError, TypeError):
-        return activation_code(activation)  # raises
+        return activation_code(activation, op)  # raises
 
 
 def _run(

@@ -226,7 +226,7 @@ def _skip_identities(owner: nn.Module, graph: fx.Graph) -> set[nn.Module]:
 
 
 def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
-    """Puts calls of ``merged`` in the place of the nodes of ``merge``; returns the last."""
+    """Puts calls in the place of the nodes of ``merge``; returns the last."""
 
     def call(function: Callable[..., object], nodes: list[fx.Node], *args: object) -> fx.Node:
         with graph.inserting_before(nodes[-1]):
@@ -254,7 +254,7 @@ def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
         return call(merged.normalize, merge.nodes, *operands(merge), residual, *tail)
     conv = merge.conv
     modules = module(conv, conv), module(merge.bn, conv)
-    value = call(merged.convolve, [conv], *modules, conv.args[0])
+    value = call(fold.convolve, [conv], *modules, conv.args[0])
     return call(merged.add_and_activate, merge.nodes, value, residual, *tail)
 
 

@@ -6,9 +6,9 @@ Everywhere, ``into`` says that a sum was written ``+=``, which keeps the left si
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import fold, reference
+from . import reference
 from .checks import SMOOTH, activation_code
 from .functional import activate
 from .modules import _FrozenBatchNorm
@@ -19,6 +19,11 @@ def input_is_saved(bn: _FrozenBatchNorm, activation: str | None) -> bool:
     """Whether a backward pass reads the input, which then must not be overwritten."""
     weight = bn.weight
     return activation_code(activation) in SMOOTH or (weight is not None and weight.requires_grad)
+
+
+def _may_overwrite(bn: _FrozenBatchNorm, activation: str | None, overwrite: bool) -> bool:
+    """Whether the output may take the place of an input that nothing else reads."""
+    return overwrite and not (torch.is_grad_enabled() and input_is_saved(bn, activation))
 
 
 def _is_plain_sum(a: Tensor, b: Tensor) -> bool:
@@ -43,8 +48,7 @@ def normalize(
     if residual is not None and not _is_plain_sum(input, residual):
         normalized = normalize(bn, input, overwrite, None, None, 0.0, False)
         return reference.activate(_add(normalized, residual, into), activation, negative_slope)
-    saved = torch.is_grad_enabled() and input_is_saved(bn, activation)
-    inplace = bn.inplace or (overwrite and not saved)
+    inplace = bn.inplace or _may_overwrite(bn, activation, overwrite)
     return bn.normalize(input, residual, activation, negative_slope, inplace)
 
 
@@ -65,7 +69,6 @@ def normalize_branches(
         residual = normalize(other_bn, other_input, overwrite_other, None, None, 0.0, False)
         return normalize(bn, input, overwrite, residual, activation, negative_slope, into)
     bn.check_rank(input)
-    saved = torch.is_grad_enabled() and input_is_saved(bn, activation)
     return frozen_batch_norm_pair(
         input,
         bn.statistics(),
@@ -73,13 +76,8 @@ def normalize_branches(
         other_bn.statistics(),
         activation=activation,
         negative_slope=negative_slope,
-        inplace=overwrite and not saved,
+        inplace=_may_overwrite(bn, activation, overwrite),
     )
-
-
-def convolve(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> Tensor:
-    """``bn(conv(input))``, folded into one convolution."""
-    return fold.convolve(conv, bn, input)
 
 
 def add_and_activate(

@@ -16,12 +16,12 @@ from .checks import (
     PAIR_ROWS,
     SMOOTH,
     Statistics,
-    activation_code,
+    arithmetic_dtype,
     check_forward,
     check_history,
     check_inplace,
 )
-from .functional import _CODES, _is_batched, _shares_storage, _takes_plain_path, frozen_batch_norm
+from .functional import _code, _is_batched, _shares_storage, _takes_plain_path, frozen_batch_norm
 
 if "cpu" in ops.live:
     _forward_pair = torch.ops.frozen_bn.forward_pair.default
@@ -43,7 +43,7 @@ class _FrozenBatchNormPair(torch.autograd.Function):
             output = input
         else:
             output = torch.empty_like(input)
-        dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+        dtype = arithmetic_dtype(input)
         channels = statistics[0].numel()
         coefficients = torch.empty((PAIR_ROWS, channels), dtype=dtype, device=input.device)
         mask = None
@@ -198,10 +198,7 @@ def frozen_batch_norm_pair(
         if overridden:
             return handle_torch_function(frozen_batch_norm_pair, relevant, *arguments, **options)
         return reference.frozen_batch_norm_pair(*arguments, **options)
-    try:
-        code = _CODES[activation]
-    except (KeyError, TypeError):
-        code = activation_code(activation, "forward_pair")  # raises
+    code = _code(activation, "forward_pair")
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in affine):
         # Their gradients are channel sums, which the kernels of a pair do not take.
         check_forward(input, statistics, residual, residual_statistics)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Statistics, activation_code, check_forward, check_inplace
+from .checks import Statistics, activation_code, arithmetic_dtype, check_forward, check_inplace
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
@@ -41,7 +41,7 @@ def _broadcastable(vector: Tensor, like: Tensor) -> Tensor:
 def _normalize(input: Tensor, statistics: Statistics) -> Tensor:
     """In the dtype of the arithmetic."""
     running_mean, running_var, weight, bias, eps = statistics
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(input)
     scale = torch.rsqrt(running_var.to(dtype) + eps)
     if weight is not None:
         scale = scale * weight.to(dtype)

@@ -121,9 +121,9 @@ def _record_in_place(name: str) -> None:
     setattr(_Proxy, f"__{name}__", record)
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"):
-    _record_in_place(_name)
-for _name in ("iand", "ior", "ixor", "ilshift", "irshift"):
+_ARITHMETIC = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
+_BITWISE = ("iand", "ior", "ixor", "ilshift", "irshift")
+for _name in _ARITHMETIC + _BITWISE:
     _record_in_place(_name)
 
 
