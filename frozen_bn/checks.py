@@ -149,7 +149,7 @@ def _check_statistics(
     *vector_names, eps_name = names
     for name, vector in zip(vector_names, vectors, strict=True):
         _check_channel_vector(op, name, vector, input)
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:  # in terms that torch.compile traces
         raise fail(op, f"{eps_name} to be finite and >= 0", f"{eps:g}")
 
 

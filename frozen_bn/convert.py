@@ -99,7 +99,7 @@ def _check_statistics(name: str, module: nn.Module) -> None:
     op = "convert_frozen_bn"
     mean, var, eps = module.running_mean, module.running_var, float(module.eps)  # type: ignore[arg-type]
     assert isinstance(mean, Tensor) and isinstance(var, Tensor)
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise fail(op, f"eps of {name!r} to be finite and >= 0", f"{eps:g}")
     if mean.is_meta or mean.numel() == 0:
         return

@@ -491,3 +491,13 @@ def test_compile_without_graph_breaks(activation, inplace, freeze_affine):
     y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     y.square().sum().backward()
     torch.testing.assert_close(all_gradients(model) | {"x": x.grad, "y": y.detach()}, expected)
+
+
+def test_compile_layers_of_different_eps():
+    """From the second value on, torch.compile takes a float attribute for a symbol."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 2, 7, 7)
+    for eps in (1e-5, 1e-3, 2e-3, 0.0):
+        layer = randomize_(FrozenBatchNorm2d(2, eps, activation="leaky_relu", negative_slope=eps))
+        torch.testing.assert_close(compiled(layer, x), layer(x))
