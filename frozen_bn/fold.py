@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .checks import arithmetic_dtype
+from .checks import Statistics, arithmetic_dtype
 from .modules import _FrozenBatchNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,6 +40,9 @@ class _Folded(NamedTuple):
 #: By batch normalization, what was folded while no gradient was wanted.
 _cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
 
+# Fused optimizers write without counting it as a modification.
+register_optimizer_step_post_hook(lambda *_: _cache.clear())
+
 
 def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
     """Whether ``conv`` is a convolution as torch has it, whose output ``bn`` accepts."""
@@ -46,6 +50,11 @@ def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
         return False
     rank = cast(Tensor, conv.weight).dim()
     return bool(conv.out_channels == bn.num_features) and (not bn._ranks or rank in bn._ranks)
+
+
+def _transposed(conv: nn.Module) -> Any:
+    """The function of a transposed convolution, whose class a parametrization may have changed."""
+    return next((f for kind, f in _TRANSPOSED.items() if isinstance(conv, kind)), None)
 
 
 def _factor_of_transposed(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
@@ -56,52 +65,88 @@ def _factor_of_transposed(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
     return factor.reshape([weight.shape[0], -1] + [1] * (weight.dim() - 2))
 
 
-def fold(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
+class _Sources(NamedTuple):
+    """What is folded, each read once: a parametrization computes anew at every reading, and one
+    like spectral_norm counts them."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    bn: Statistics
+
+    @classmethod
+    def of(cls, conv: nn.Module, bn: _FrozenBatchNorm) -> _Sources:
+        weight, bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
+        return cls(weight, bias, bn.statistics())
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (*self[:2], *self.bn) if isinstance(t, Tensor)]
+
+
+def fold(
+    conv: nn.Module, bn: _FrozenBatchNorm, sources: _Sources | None = None
+) -> tuple[Tensor, Tensor]:
     """The weight and bias of the convolution that does the work of both, in the dtype of ``conv``,
     computed in float32 (float64 if that is its dtype) and rounded once. Differentiable."""
-    weight = cast(Tensor, conv.weight)
+    weight, conv_bias, (mean, var, bn_weight, bn_bias, eps) = sources or _Sources.of(conv, bn)
     dtype = arithmetic_dtype(weight)
-    scale = 1 / torch.sqrt(bn.running_var.to(dtype) + bn.eps)
-    if bn.weight is not None:
-        scale = bn.weight.to(dtype) * scale
-    shift = -bn.running_mean.to(dtype)
-    if conv.bias is not None:
-        shift = shift + conv.bias.to(dtype)  # type: ignore[operator]
+    scale = 1 / torch.sqrt(var.to(dtype) + eps)
+    if bn_weight is not None:
+        scale = bn_weight.to(dtype) * scale
+    shift = -mean.to(dtype)
+    if conv_bias is not None:
+        shift = shift + conv_bias.to(dtype)
     shift = shift * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.to(dtype)
-    if type(conv) in _TRANSPOSED:
+    if bn_bias is not None:
+        shift = shift + bn_bias.to(dtype)
+    if _transposed(conv):
         factor = _factor_of_transposed(weight, scale, conv.groups)  # type: ignore[arg-type]
     else:
         factor = scale.reshape([-1] + [1] * (weight.dim() - 1))
     return (weight.to(dtype) * factor).to(weight.dtype), shift.to(weight.dtype)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether its parameters are FSDP's."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def _is_written_unseen(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether autograd is not told of new values: FSDP gathers parameters, and DDP broadcasts
+    buffers, without counting it as a modification."""
+    parallel = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return parallel is not None or is_sharded(conv) or is_sharded(bn)
+
+
 def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     """:func:`fold`, computed anew only after a change where no gradient is wanted."""
-    sources = conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
-    tensors = [t for t in sources if isinstance(t, Tensor)]
+    sources = _Sources.of(conv, bn)
+    tensors = sources.tensors()
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if differentiated or any(t.is_inference() for t in tensors):
+    uncounted = any(t.is_inference() for t in tensors) or _is_written_unseen(conv, bn)
+    if differentiated or uncounted:
         _cache.pop(bn, None)
-        return fold(conv, bn)
+        return fold(conv, bn, sources)
     storages = [t.untyped_storage() for t in tensors]
-    state = [(id(t), t._version, t.untyped_storage()._cdata, t.dtype) for t in tensors]
+    state = [
+        (id(t), t._version, t.dtype, storage._cdata, t.storage_offset())
+        for t, storage in zip(tensors, storages, strict=True)
+    ]
     known = _cache.get(bn)
     if known is None or known.state != state or known.eps != bn.eps:
         # Outside of inference mode, for a later call may save them for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            known = _Folded(*fold(conv, bn), bn.eps, tensors, state, storages)
+            known = _Folded(*fold(conv, bn, sources), bn.eps, tensors, state, storages)
         _cache[bn] = known
     return known.weight, known.bias
 
 
 def convolve(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> Tensor:
     """``bn(conv(input))`` by one convolution, but for an activation that ``bn`` has."""
-    if input.dim() != cast(Tensor, conv.weight).dim():  # no batch: ``bn`` has something to say
+    rank = len(conv.kernel_size)  # type: ignore[arg-type]
+    if input.dim() != rank + 2:  # no batch: ``bn`` has something to say
         return bn.normalize(conv(input), None, None, 0.0, False)
     weight, bias = _folded(conv, bn)
-    transposed = _TRANSPOSED.get(type(conv))
+    transposed = _transposed(conv)
     if transposed is None:
         return conv._conv_forward(input, weight, bias)  # type: ignore[operator, no-any-return]
     geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation

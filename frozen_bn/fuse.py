@@ -62,8 +62,8 @@ class _Merge:
     end: fx.Node  # the last of them
     nodes: list[fx.Node]
     conv: fx.Node | None  # the convolution before it, whose output nothing else reads
-    other: _Merge | None = None  # the other branch
-    residual: fx.Node | None = None
+    total: fx.Node | None = None  # the sum, if it is one
+    other: _Merge | None = None  # the other branch, if that is a batch normalization too
     into: bool = False
     activation: str | None = None
     negative_slope: float = 0.01
@@ -72,9 +72,22 @@ class _Merge:
         parts = [*self.nodes] + ([self.conv] if self.conv else [])
         return parts + (self.other.parts() if self.other else [])
 
+    def residual(self) -> fx.Node | None:
+        """What is added. Looked up when it is needed: rewriting another merge may replace it."""
+        if self.total is None:
+            return None
+        (residual,) = (node for node in self.total.args if node is not self.bn)
+        assert isinstance(residual, fx.Node)
+        return residual
+
     def description(self) -> str:
-        added = "two branches" if self.other else "add" if self.residual else None
+        added = "two branches" if self.other else "add" if self.total else None
         return " + ".join(name for name in (added, self.activation) if name)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Of a frozen batch normalization: whether its class does something else or more."""
+    return type(module).forward is not _FrozenBatchNorm.forward
 
 
 class _Matcher:
@@ -98,9 +111,11 @@ class _Matcher:
         if not isinstance(node, fx.Node) or node in self.taken:
             return None
         module = self.module(node)
-        if not isinstance(module, _FrozenBatchNorm) or self._is_shared(node, module):
+        if not isinstance(module, _FrozenBatchNorm) or _has_own_forward(module):
             return None
-        return module
+        if module.inplace and len(node.all_input_nodes[0].users) > 1:
+            return None  # others read what it writes over
+        return None if self._is_shared(node, module) else module
 
     def _is_shared(self, node: fx.Node, module: nn.Module) -> bool:
         return module in self.shared or self.calls[node.target] > 1
@@ -145,7 +160,9 @@ class _Matcher:
     def _only_reads(self, node: fx.Node) -> bool:
         module = self.module(node)
         return isinstance(module, _ConvNd) or (
-            isinstance(module, _FrozenBatchNorm) and not module.inplace
+            isinstance(module, _FrozenBatchNorm)
+            and not module.inplace
+            and not _has_own_forward(module)
         )
 
     def merge(self, bn: fx.Node) -> _Merge:
@@ -193,12 +210,10 @@ class _Matcher:
             a, b = b, a
         merge = self.merge(a)
         merge.into = into
-        merge.end = total
+        merge.end = merge.total = total
         merge.nodes.append(total)
         if self._addend(b, total):
             merge.other = self.merge(b)
-        else:
-            merge.residual = b
         return merge
 
     def merges(self) -> list[_Merge]:
@@ -243,7 +258,7 @@ def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
     def operands(merge: _Merge) -> tuple[object, ...]:
         return module(merge.bn, merge.bn), merge.bn.args[0], merge.conv is not None
 
-    other, residual = merge.other, merge.residual
+    other, residual = merge.other, merge.residual()
     tail = merge.activation, merge.negative_slope, merge.into
     if other is not None:
         if not fold_conv or not (merge.conv or other.conv):
@@ -378,6 +393,8 @@ def _tell_rest(root: nn.Module, shared: set[nn.Module]) -> None:
                 reason = "it has several places in the model"
             elif has_hooks(layer):
                 reason = "it has hooks"
+            elif _has_own_forward(layer):
+                reason = f"{type(layer).__name__} has a forward of its own"
             layer.fate = Fate(reason=reason)
 
 

@@ -5,6 +5,8 @@ Everywhere, ``into`` says that a sum was written ``+=``, which keeps the left si
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,9 @@ def _may_overwrite(bn: _FrozenBatchNorm, activation: str | None, overwrite: bool
     return overwrite and not (torch.is_grad_enabled() and input_is_saved(bn, activation))
 
 
-def _is_plain_sum(a: Tensor, b: Tensor) -> bool:
-    """No broadcasting and no promotion: what the kernels can add."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+def _is_plain_sum(a: Tensor, b: Any) -> bool:
+    """Of tensors, without broadcasting and promotion: what the kernels can add."""
+    return isinstance(b, Tensor) and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _add(a: Tensor, b: Tensor, into: bool) -> Tensor:

@@ -134,6 +134,16 @@ def step(net: nn.Module) -> None:
     optimizer.step()
 
 
+def fused_step(net: nn.Module) -> None:
+    """An optimizer whose writes are not counted as modifications."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.5, fused=True)
+    with torch.enable_grad():
+        net(torch.randn(2, 4, 6, 6)).square().mean().backward()
+    with torch.no_grad():
+        net(torch.randn(2, 4, 6, 6))
+    optimizer.step()
+
+
 def replaced(net: nn.Module) -> None:
     """More than once: the address of the first may be taken by the last."""
     for _ in range(4):
@@ -145,12 +155,21 @@ def data(net: nn.Module) -> None:
         net[0].weight.data = net[0].weight.data * 1.5
 
 
+def parts_of_a_buffer(net: nn.Module) -> None:
+    """As where all parameters lie in one tensor."""
+    parts = torch.stack([net[0].weight.detach(), net[0].weight.detach() * 2])
+    net[0].weight.data = parts[0]
+    net(torch.randn(2, 4, 6, 6))
+    net[0].weight.data = parts[1]
+
+
 def loaded(net: nn.Module) -> None:
     net.load_state_dict({name: value * 2 for name, value in net.state_dict().items()})
 
 
 REFRESHING: dict[str, Callable[[nn.Module], object]] = {
     "optimizer": step,
+    "fused optimizer": fused_step,
     "load_state_dict": loaded,
     "running_mean": lambda net: net[1].running_mean.copy_(torch.ones(8)),
     "running_var": lambda net: net[1].running_var.mul_(2),
@@ -159,6 +178,7 @@ REFRESHING: dict[str, Callable[[nn.Module], object]] = {
     "eps": lambda net: setattr(net[1], "eps", 0.5),
     "replaced": replaced,
     "data": data,
+    "parts of a buffer": parts_of_a_buffer,
     "double": lambda net: net.double(),
     "weight removed": lambda net: setattr(net[1], "weight", None),
     "weight norm": lambda net: parametrizations.weight_norm(net[0]),
