@@ -3,102 +3,24 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
+import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from .checks import fail
-from .fuse import ACTIVATION_MODULES, fuse_forwards, unfuse_forwards
-from .modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, _FrozenBatchNorm
-
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
-
-_FROZEN_CLASSES: dict[type[nn.Module], type[_FrozenBatchNorm]] = {
-    nn.BatchNorm1d: FrozenBatchNorm1d,
-    nn.BatchNorm2d: FrozenBatchNorm2d,
-    nn.BatchNorm3d: FrozenBatchNorm3d,
-    nn.SyncBatchNorm: FrozenBatchNorm2d,
-}
-
-#: Classes of other libraries that become FrozenBatchNorm2d too: module, name.
-_LIBRARY_CLASSES = (
-    ("torchvision.ops.misc", "FrozenBatchNorm2d"),
-    ("timm.layers.norm_act", "BatchNormAct2d"),
-)
+from .fold import is_sharded
+from .fuse import fuse_forwards, unfuse_forwards
+from .modules import FrozenBatchNormAct2d, _FrozenBatchNorm
+from .recognise import VECTORS, LeftAlone, check_eps_fits, is_batch_norm, live_form, recognise
 
 
-class _CannotFreeze(Exception):
-    """Why a module is left alone."""
-
-
-def _is_library_class(kind: type[nn.Module]) -> bool:
-    # A model can only contain the class if its library has been imported.
-    return any(
-        kind is getattr(sys.modules.get(module), name, None) for module, name in _LIBRARY_CLASSES
-    )
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) or _is_library_class(type(module))
-
-
-def _frozen_class(module: nn.Module) -> type[_FrozenBatchNorm]:
-    kind = type(module)
-    if _is_library_class(kind):
-        return FrozenBatchNorm2d
-    if isinstance(module, LazyModuleMixin):
-        raise _CannotFreeze("it is lazy and not initialized, there are no statistics to freeze")
-    if kind not in _FROZEN_CLASSES:
-        raise _CannotFreeze(f"{kind.__name__} is a subclass that may compute something else")
-    return _FROZEN_CLASSES[kind]
-
-
-def _check_unaltered(module: nn.Module) -> None:
-    """Pruning, weight norm, observers and the like register more than the class does, and take
-    part in what the layer computes; so does a ``forward`` of its own."""
-    usual = {*_VECTORS, "num_batches_tracked"}
-    if _is_library_class(type(module)):
-        usual |= {"act", "drop"}
-    registered = {*module._parameters, *module._buffers, *module._modules}
-    altered = (registered - usual) | (set(_VECTORS) - registered) | ({"forward"} & {*vars(module)})
-    if altered:
-        names = ", ".join(sorted(altered))
-        raise _CannotFreeze(f"it was altered ({names}) and may compute something else")
-    if module.running_mean is None or module.running_var is None:
-        raise _CannotFreeze("track_running_stats=False, there are no statistics to freeze")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(value for name, value in vars(module).items() if "hooks" in name)
-
-
-def _activation(module: nn.Module) -> dict[str, Any]:
-    """The activation that timm's BatchNormAct2d carries, as arguments of ours."""
-    act = module._modules.get("act") or nn.Identity()
-    drop = module._modules.get("drop") or nn.Identity()
-    if not isinstance(drop, nn.Identity):
-        raise _CannotFreeze("it has a dropout between normalization and activation")
-    if type(act) not in ACTIVATION_MODULES:
-        raise _CannotFreeze(f"its activation {type(act).__name__} has no fused form")
-    if _has_hooks(act) or _has_hooks(drop):
-        raise _CannotFreeze("its activation or dropout has hooks, which would no longer be called")
-    return {
-        "activation": ACTIVATION_MODULES[type(act)],
-        "negative_slope": getattr(act, "negative_slope", 0.01),
-    }
-
-
-def _check_statistics(name: str, module: nn.Module) -> None:
+def _check_statistics(name: str, frozen: _FrozenBatchNorm) -> None:
     op = "convert_frozen_bn"
-    mean, var, eps = module.running_mean, module.running_var, float(module.eps)  # type: ignore[arg-type]
-    assert isinstance(mean, Tensor) and isinstance(var, Tensor)
+    mean, var, eps = frozen.running_mean, frozen.running_var, float(frozen.eps)
     if not 0 <= eps < math.inf:
         raise fail(op, f"eps of {name!r} to be finite and >= 0", f"{eps:g}")
     if mean.is_meta or mean.numel() == 0:
@@ -124,17 +46,6 @@ def _never_trained(module: nn.Module) -> bool:
     return not mean.any() and bool((var == 1).all())
 
 
-def why_not_frozen(layer: nn.Module) -> str | None:
-    """Why :func:`convert_frozen_bn` leaves a batch normalization alone, if it does."""
-    try:
-        _frozen_class(layer)
-        _check_unaltered(layer)
-        _activation(layer)
-    except _CannotFreeze as reason:
-        return str(reason)
-    return None
-
-
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
     for attribute, value in vars(source).items():
         if "hook" in attribute:
@@ -142,17 +53,17 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
-    frozen_class = _frozen_class(original)
-    _check_unaltered(original)
-    new = frozen_class(
+    kind = recognise(original)
+    new = kind.frozen_class(
         original.running_mean.numel(),  # type: ignore[operator]
-        original.eps,  # type: ignore[arg-type]
+        kind.eps,
         affine=original.weight is not None,
         freeze_affine=freeze_affine,
+        activation=kind.activation,
+        negative_slope=kind.negative_slope,
         device="meta",
-        **_activation(original),
     )
-    for name in _VECTORS:
+    for name in VECTORS:
         value = getattr(original, name)
         if name in new._parameters:
             if value is not None and not isinstance(value, Parameter):
@@ -161,6 +72,7 @@ def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
         else:
             # A copy: an optimizer made earlier still holds the original, and may go on changing it.
             new._buffers[name] = None if value is None else value.detach().clone()
+    new._modules.update(kind.submodules)
     if isinstance(original, nn.SyncBatchNorm):
         new._ranks = ()
     new.training = original.training
@@ -177,6 +89,10 @@ def _replace(root: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Mo
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+    for new in replacements.values():
+        for hook in new._load_state_dict_pre_hooks.values():
+            if getattr(hook, "with_module", False):  # it hands over the module it was made for
+                hook.module = weakref.ref(new)  # type: ignore[attr-defined]
     return replacements.get(root, root)
 
 
@@ -191,10 +107,12 @@ def convert_frozen_bn(
     """Replace the batch normalizations in ``module`` by frozen ones that compute what they compute
     in ``eval()`` mode, whatever mode the model is in later.
 
-    Converts BatchNorm1d/2d/3d, SyncBatchNorm (no process group needed), torchvision's
-    FrozenBatchNorm2d, and timm's BatchNormAct2d with its activation. Names, order, eps, dtype,
-    device (meta too), ``training``, hooks and sharing are kept. What cannot be frozen is left
-    alone, each with a warning that says why. Converting twice changes nothing.
+    Converts BatchNorm1d/2d/3d, SyncBatchNorm (no process group needed), lazy ones that have been
+    run, torchvision's FrozenBatchNorm2d, the DetrFrozenBatchNorm2d of Hugging Face's transformers
+    and its copies for other models, and timm's BatchNormAct2d, SyncBatchNormAct and
+    FrozenBatchNormAct2d with their activation. Names, order, eps, dtype, device (meta too),
+    ``training``, hooks and sharing are kept. What cannot be frozen is left alone, each with a
+    warning that says why. Converting twice changes nothing.
 
     Args:
         module: changed in place.
@@ -228,12 +146,14 @@ def convert_frozen_bn(
         name = name or type(layer).__name__
         try:
             if name.endswith("_orig_mod"):
-                raise _CannotFreeze("torch.compile holds on to it, freeze before compiling")
+                raise LeftAlone("torch.compile holds on to it, freeze before compiling")
+            if is_sharded(layer):
+                raise LeftAlone("FSDP holds on to it, freeze before sharding")
             frozen = _freeze(layer, freeze_affine)
-        except _CannotFreeze as reason:
+        except LeftAlone as reason:
             left_alone[layer] = f"frozen_bn: {name!r} is left as it is: {reason}"
             continue
-        _check_statistics(name, layer)
+        _check_statistics(name, frozen)
         replacements[layer] = frozen
         if _never_trained(layer):
             never_trained.append(name)
@@ -253,17 +173,21 @@ def convert_frozen_bn(
     return module
 
 
+def _check_thawable(frozen: _FrozenBatchNorm) -> None:
+    if is_sharded(frozen):
+        raise LeftAlone("FSDP holds on to it, unfreeze before sharding")
+    kept = {"act", "drop"} if isinstance(frozen, FrozenBatchNormAct2d) else set()
+    registered = {*frozen._parameters, *frozen._buffers, *frozen._modules}
+    altered = (registered ^ {*VECTORS}) - kept
+    if altered:  # by pruning, a parametrization and the like, which unfreezing would lose
+        raise LeftAlone(f"it was altered ({', '.join(sorted(altered))})")
+
+
 def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
-    if frozen._original:
-        original = frozen._original[0]
-    else:
-        if frozen.activation is not None:
-            raise _CannotFreeze(f"it was made with activation={frozen.activation!r}")
-        live = next((k for k, v in _FROZEN_CLASSES.items() if v is type(frozen)), None)
-        if live is None:
-            raise _CannotFreeze(f"{type(frozen).__name__} is a subclass, made by hand")
-        original = live(frozen.num_features, frozen.eps, affine=frozen.affine)
-    for name in _VECTORS:
+    _check_thawable(frozen)
+    original = frozen._original[0] if frozen._original else live_form(frozen)
+    check_eps_fits(frozen, original)
+    for name in VECTORS:
         value, old = getattr(frozen, name), getattr(original, name)
         if name in original._buffers:
             original._buffers[name] = value if value is None else value.detach()
@@ -280,9 +204,11 @@ def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
         device = frozen.running_mean.device
         moved = torch.zeros_like(count, device=device) if count.is_meta else count.to(device)
         original._buffers["num_batches_tracked"] = moved
-    original.eps = frozen.eps  # type: ignore[assignment]
+    if hasattr(original, "eps"):
+        original.eps = frozen.eps  # type: ignore[assignment]
     _share_hooks(frozen, original)
-    for part in original.modules():
+    original._modules.update(frozen._modules)
+    for part in {*original.modules()} - {*frozen.modules()}:
         part.training = frozen.training
     return original
 
@@ -306,6 +232,6 @@ def unfreeze_bn(module: nn.Module) -> nn.Module:
         if isinstance(layer, _FrozenBatchNorm):
             try:
                 replacements[layer] = _thaw(layer)
-            except _CannotFreeze as reason:
+            except LeftAlone as reason:
                 warnings.warn(f"frozen_bn: {name!r} is left as it is: {reason}", stacklevel=2)
     return _replace(module, replacements)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.overrides import has_torch_function_unary
 
-from .checks import Statistics, activation_code, fail
+from . import reference
+from .checks import Statistics, activation_code, fail, mismatch
 from .functional import frozen_batch_norm
+
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 
 
 class Fate(NamedTuple):
@@ -25,10 +28,15 @@ class Fate(NamedTuple):
 class _FrozenBatchNorm(nn.Module):
     """What the modules of all ranks share. ``train()`` and ``eval()`` change nothing."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor
-    running_var: Tensor
+    if TYPE_CHECKING:  # TorchScript takes no buffer for one whose type it is told to be optional
+        weight: Tensor | None
+        bias: Tensor | None
+        running_mean: Tensor
+        running_var: Tensor
+        _original: list[nn.Module]
+
+    __constants__ = ("_ranks",)
+    __jit_ignored_attributes__ = ("_original", "fate")
 
     #: The numbers of input dimensions taken; empty for any.
     _ranks: tuple[int, ...] = ()
@@ -56,7 +64,7 @@ class _FrozenBatchNorm(nn.Module):
         self.negative_slope = negative_slope
         self.inplace = inplace
         # What convert_frozen_bn replaced, for unfreeze_bn; in a list, so as not to be a submodule.
-        self._original: list[nn.Module] = []
+        self._original = []
         self.fate = Fate()
 
         def constant(value: float) -> Tensor:
@@ -75,7 +83,31 @@ class _FrozenBatchNorm(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input``, add ``residual`` (same shape and dtype), apply the activation."""
+        if _is_scripting():
+            return self._scripted_forward(input, residual)
         return self.normalize(input, residual, self.activation, self.negative_slope, self.inplace)
+
+    def _scripted_forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """:meth:`forward` in TorchScript's part of Python."""
+        takes, ranks = len(self._ranks) == 0, ""
+        for rank in self._ranks:
+            takes = takes or rank == input.dim()
+            ranks += f" or {rank}" if len(ranks) else f"{rank}"
+        if not takes:
+            expected = f"input to have {ranks} dimensions"
+            raise RuntimeError(mismatch("forward", expected, f"shape {input.shape}"))
+        return reference.positional(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.activation,
+            self.negative_slope,
+            residual,
+            self.inplace,
+        )
 
     def normalize(
         self,
@@ -89,7 +121,11 @@ class _FrozenBatchNorm(nn.Module):
         self.check_rank(input)
         return frozen_batch_norm(
             input,
-            *self.statistics(),
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
             activation=activation,
             negative_slope=negative_slope,
             residual=residual,
@@ -187,6 +223,18 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
     """
 
     _ranks = (4,)
+
+
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    """What convert_frozen_bn makes of a layer of timm with a dropout, or with an activation that
+    there is no kernel for: these stay modules, called after it."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        output = super().forward(input, residual)
+        for name in ("drop", "act"):
+            module = self._modules.get(name)
+            output = output if module is None else module(output)
+        return output
 
 
 class FrozenBatchNorm3d(_FrozenBatchNorm):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convert import is_batch_norm, unfreeze_bn, why_not_frozen
+from .convert import unfreeze_bn
 from .modules import _FrozenBatchNorm
+from .recognise import is_batch_norm, why_not_frozen
 
 
 def _state(layer: nn.Module) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""convert_frozen_bn and unfreeze_bn, on hand-made modules and on whole models."""
+"""convert_frozen_bn and unfreeze_bn, on hand-made modules and on whole models. The classes of other
+libraries are in test_recognise.py."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, VECTORS, assert_same_bits, randomize_, snapshot
+from helpers import VECTORS, assert_same_bits, randomize_, snapshot
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune
@@ -119,50 +120,6 @@ def test_torchvisions_frozen_class_with_a_trainable_affine_gets_parameters():
     ops = pytest.importorskip("torchvision.ops")
     net = convert_frozen_bn(nn.Sequential(ops.FrozenBatchNorm2d(C)), freeze_affine=False)
     assert [name for name, p in net.named_parameters() if p.requires_grad] == ["0.weight", "0.bias"]
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_timms_batch_norm_with_activation_is_fused(activation):
-    layers = pytest.importorskip("timm.layers")
-    classes = dict(
-        relu=nn.ReLU, relu6=nn.ReLU6, leaky_relu=nn.LeakyReLU, silu=nn.SiLU, hardswish=nn.Hardswish
-    )
-    act_kwargs = {"negative_slope": 0.3} if activation == "leaky_relu" else None
-    layer = trained(
-        layers.BatchNormAct2d,
-        apply_act=activation is not None,
-        act_layer=classes.get(activation),
-        act_kwargs=act_kwargs,
-    )
-    net = nn.Sequential(layer).eval()
-    x = torch.randn(IMAGE) * 4
-    expected = net(x)
-    convert_frozen_bn(net)
-    assert type(net[0]) is FrozenBatchNorm2d
-    assert net[0].activation == activation
-    torch.testing.assert_close(net.train()(x), expected)
-    assert list(net.state_dict()) == [f"0.{name}" for name in VECTORS]
-    assert unfreeze_bn(net)[0] is layer
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"act_layer": nn.GELU}, "activation GELU has no fused form"),
-        ({"act_layer": nn.ReLU, "drop_layer": nn.Dropout}, "dropout"),
-    ],
-    ids=["gelu", "dropout"],
-)
-def test_timms_batch_norm_that_cannot_be_fused_is_left_alone(options, reason):
-    layers = pytest.importorskip("timm.layers")
-    assert_left_alone(trained(layers.BatchNormAct2d, **options), reason)
-
-
-def test_timms_batch_norm_whose_activation_is_hooked_is_left_alone():
-    layers = pytest.importorskip("timm.layers")
-    layer = trained(layers.BatchNormAct2d)
-    layer.act.register_forward_hook(lambda *_: None)
-    assert_left_alone(layer, "hooks")
 
 
 @BOTH
