@@ -43,14 +43,19 @@ _RESIDUAL_NAMES = (
 )
 
 
+def mismatch(op: str, expected: str, got: str) -> str:
+    """What the error for an input that ``op`` cannot take says."""
+    return f"frozen_bn::{op}: expected {expected}, but got {got}"
+
+
 def fail(op: str, expected: str, got: str) -> RuntimeError:
-    """The error for an input that ``op`` cannot take."""
-    return RuntimeError(f"frozen_bn::{op}: expected {expected}, but got {got}")
+    """That error."""
+    return RuntimeError(mismatch(op, expected, got))
 
 
 def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
     """What is computed in: float32, or float64 for a float64 tensor."""
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -168,6 +173,24 @@ def check_forward(
     _check_like(op, "residual", residual, input)
     if residual_statistics is not None:
         _check_statistics(op, _RESIDUAL_NAMES, residual_statistics, input)
+
+
+def check_scripted(input: Tensor, running_mean: Tensor, residual: Tensor | None) -> None:
+    """Of these checks those that keep PyTorch from broadcasting or casting without a word, in the
+    part of Python that TorchScript compiles."""
+    shape = input.shape
+    if len(shape) < 2:
+        expected = "input to have at least 2 dimensions"
+        raise RuntimeError(mismatch("forward", expected, f"shape {shape}"))
+    if not input.is_floating_point():
+        expected = "input to be float16, bfloat16, float32 or float64"
+        raise RuntimeError(mismatch("forward", expected, "another dtype"))
+    if running_mean.shape[0] != shape[1]:
+        expected = f"running_mean to have shape [{shape[1]}]"
+        raise RuntimeError(mismatch("forward", expected, f"{running_mean.shape}"))
+    if residual is not None and residual.shape != shape:
+        expected = f"residual to have shape {shape}"
+        raise RuntimeError(mismatch("forward", expected, f"{residual.shape}"))
 
 
 def check_history(input: Tensor, op: str = "forward") -> None:

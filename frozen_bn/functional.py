@@ -310,6 +310,10 @@ def frozen_batch_norm(
     return _run(input, weight, bias, residual, constants)
 
 
+# What torch.jit.script takes instead.
+frozen_batch_norm.__prepare_scriptable__ = lambda: reference.positional  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _identity(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """A mean and a variance that change nothing."""

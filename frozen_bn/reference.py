@@ -7,10 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Statistics, activation_code, arithmetic_dtype, check_forward, check_inplace
+from .checks import (
+    Statistics,
+    activation_code,
+    arithmetic_dtype,
+    check_forward,
+    check_inplace,
+    check_scripted,
+)
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    if activation is None:
+        return z
     if activation == "relu":
         return F.relu(z)
     if activation == "relu6":
@@ -21,7 +30,7 @@ def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor
         return F.silu(z)
     if activation == "hardswish":
         return F.hardswish(z)
-    return z
+    raise ValueError(f"frozen_bn: unknown activation {activation}")
 
 
 def _slope(z: Tensor, activation: str | None) -> Tensor:
@@ -38,9 +47,15 @@ def _broadcastable(vector: Tensor, like: Tensor) -> Tensor:
     return vector.reshape([1, -1] + [1] * (like.dim() - 2))
 
 
-def _normalize(input: Tensor, statistics: Statistics) -> Tensor:
+def _normalize(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
     """In the dtype of the arithmetic."""
-    running_mean, running_var, weight, bias, eps = statistics
     dtype = arithmetic_dtype(input)
     scale = torch.rsqrt(running_var.to(dtype) + eps)
     if weight is not None:
@@ -73,7 +88,26 @@ def frozen_batch_norm(
         check_inplace(input)
     statistics = Statistics(running_mean, running_var, weight, bias, eps)
     check_forward(input, statistics, residual)
-    z = _normalize(input, statistics)
+    return positional(input, *statistics, activation, negative_slope, residual, inplace)
+
+
+def positional(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """:func:`frozen_batch_norm` in the part of Python that TorchScript compiles, which has no
+    keyword-only arguments."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        check_scripted(input, running_mean, residual)
+    z = _normalize(input, running_mean, running_var, weight, bias, eps)
     if residual is not None:
         z = z + residual.to(z.dtype)
     output = activate(z, activation, negative_slope).to(input.dtype)
@@ -99,7 +133,7 @@ def frozen_batch_norm_pair(
         check_inplace(input, "forward_pair")
     statistics, residual_statistics = Statistics(*statistics), Statistics(*residual_statistics)
     check_forward(input, statistics, residual, residual_statistics)
-    z = _normalize(input, statistics) + _normalize(residual, residual_statistics)
+    z = _normalize(input, *statistics) + _normalize(residual, *residual_statistics)
     output = activate(z, activation, negative_slope).to(input.dtype)
     if inplace:
         return input.copy_(output)

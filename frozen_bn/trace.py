@@ -329,12 +329,13 @@ class TracedForward:
         self._functions: dict[tuple[bool, bool | None], Callable[..., Any]] = {}  # made when called
 
     def _compile(self) -> None:
-        title = f"fused forward of {type(self.owner).__name__}"
-        self._functions = {key: code.compile(title) for key, code in self._sources.items()}
         # The dictionaries themselves, as they fill up when a hook is registered.
-        self._hooks = [vars(part)[name] for part in self._parts for name in _HOOKS]
-        self._hooks += [vars(module_internals)["_global" + name] for name in _HOOKS]
+        hooks = [vars(part)[name] for part in self._parts for name in _HOOKS]
+        self._hooks = hooks + [vars(module_internals)["_global" + name] for name in _HOOKS]
         self._watched = [(vars(module), name, value) for module, name, value in self._constants]
+        title = f"fused forward of {type(self.owner).__name__}"
+        # Last: another thread takes it that all is made.
+        self._functions = {key: code.compile(title) for key, code in self._sources.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("_functions", "_hooks", "_watched")
@@ -353,6 +354,14 @@ class TracedForward:
     def __code__(self) -> CodeType:
         """torch.export looks for it."""
         return self.__wrapped__.__code__
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """The first thing that torch.jit.script, which compiles functions only, looks for."""
+        raise AttributeError(
+            f"torch.jit.script cannot compile the fused forward of {type(self.owner).__name__}: "
+            "call frozen_bn.unfreeze_bn, then convert without fuse and fold_conv"
+        )
 
     def _applies(self, args: tuple[Any, ...]) -> bool:
         if not self._functions:
