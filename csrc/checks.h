@@ -83,7 +83,7 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t) {
 
 inline int32_t device_type(const Tensor& t) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   return type;
 }
 

@@ -35,9 +35,9 @@ inline std::optional<Layout> dense_layout(const Tensor& t) {
 inline Tensor empty_strided_like(const Tensor& t, const int64_t* strides) {
   AtenTensorHandle handle;
   int32_t device_type, dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       t.dim(), t.sizes().data(), strides, dtype, device_type, t.get_device_index(), &handle));
   return Tensor(handle);
 }
