@@ -8,17 +8,24 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
 
-# A second torch, for the wheel that was built against the first.
-OTHER_VENV  ?= .venv-other
-OTHER_TORCH ?= torch==2.13.0
+# What the wheel, built against that torch, is tested under: one without CUDA, the same, the oldest.
+TORCH_cpu    ?= torch==2.13.0
+TORCH_same   ?= $(TORCH)
+TORCH_oldest ?= torch==2.10.0
+
+# Test processes at once, of one thread each.
+JOBS ?= 2
 
 RUN   := $(VENV)/bin/python
 PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build demo test test-other-torch wheel checkstyle bench bench-model roofline compiled mutations
-.PHONY: gpu-check clean
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+
+.PHONY: build demo test sanitize dist wheel test-sdist checkstyle bench bench-model roofline compiled
+.PHONY: mutations gpu-check clean
 .DELETE_ON_ERROR:
+.PRECIOUS: .venv-%/.torch
 
 build: $(VENV)/.built
 
@@ -36,7 +43,7 @@ demo: build
 	$(RUN) -m benchmarks.demo
 
 test: build
-	$(RUN) -m pytest
+	$(PYTEST)
 
 bench: build
 	$(RUN) -m benchmarks.bench_op
@@ -62,17 +69,56 @@ mutations: build
 gpu-check: build
 	$(RUN) -m benchmarks.gpu_check
 
-wheel: build
+dist: build
 	rm -rf dist
+	$(RUN) -m build --sdist --no-isolation --outdir dist . > /dev/null
 	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-# The wheel, as built against one torch, tested under another.
-test-other-torch: wheel
-	$(PYTHON) -m venv $(OTHER_VENV)
-	$(OTHER_VENV)/bin/python -m pip install --quiet $(OTHER_TORCH) numpy pytest
-	$(OTHER_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
-	$(OTHER_VENV)/bin/python -P -m frozen_bn
-	$(OTHER_VENV)/bin/python -P -m pytest tests
+# Both packages, tested where they were installed, away from the sources.
+wheel: test-sdist test-wheel-cpu test-wheel-same test-wheel-oldest
+
+.venv-%/.torch:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $(TORCH_$*) numpy pytest pytest-xdist hypothesis expecttest
+	touch $@
+
+# What is compiled under another torch than here.
+test-sdist: dist .venv-cpu/.torch
+	.venv-cpu/bin/python -m pip install --quiet --upgrade setuptools ninja pybind11
+	.venv-cpu/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall dist/*.tar.gz
+	.venv-cpu/bin/python -P -m frozen_bn
+	.venv-cpu/bin/python -P -m pytest tests/test_modules.py tests/test_operators.py
+
+# All tests but of the emulated kernels, which are compiled from the sources.
+test-wheel-%: dist .venv-%/.torch
+	.venv-$*/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	.venv-$*/bin/python -P -m frozen_bn
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -P -m pytest -n $(JOBS) tests -k 'not emulat' \
+		--ignore=tests/test_roofline.py --ignore=tests/test_compiled.py
+
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+# Their libraries have to be the first of the process.
+SANITIZED  = LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell gcc -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized $(RUN) -P
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (three minutes to build).
+# First of all, they have to notice a tensor whose memory has been taken away.
+sanitize: dist
+	rm -rf build/sanitized
+	FROZEN_BN_CUDA=0 CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+		$(PIP) --no-deps --no-build-isolation --target build/sanitized dist/*.tar.gz
+	! $(SANITIZED) -c "$$OVERRUN" 2> build/sanitized/overrun.txt
+	grep --quiet heap-buffer-overflow build/sanitized/overrun.txt
+	$(SANITIZED) -m pytest -k 'not emulat' tests/test_ops.py tests/test_pair.py \
+		tests/test_properties.py tests/test_errors.py tests/test_exact_gradients.py
+
+define OVERRUN
+import torch, frozen_bn
+x, ones = torch.randn(1, 4, 10, 10), torch.ones(4)
+x.untyped_storage().resize_(64)
+frozen_bn.frozen_batch_norm(x, ones, ones)
+endef
+export OVERRUN
 
 checkstyle: build
 	$(VENV)/bin/ruff format --check .
@@ -81,4 +127,4 @@ checkstyle: build
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
-	rm -rf build dist *.egg-info frozen_bn/*.so $(VENV) $(OTHER_VENV)
+	rm -rf build dist *.egg-info frozen_bn/*.so $(VENV) .venv-*

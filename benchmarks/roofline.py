@@ -28,9 +28,10 @@ from rich.table import Table
 
 import frozen_bn
 
-from . import bench_op, peers, traffic
+from . import bench_op, dispatched, peers, traffic
 from .bench_op import Case
-from .traffic import Dispatched, Emulated, Pass
+from .dispatched import Dispatched
+from .traffic import Emulated, Pass
 
 #: Peak memory bandwidth in GB/s, from NVIDIA's data sheets: T4 and L4 (GDDR6), A100 80 GB SXM
 #: (HBM2e), H100 SXM (HBM3), H200 SXM (HBM3e), one of HGX B200 (HBM3e).
@@ -47,7 +48,8 @@ Ours: counted by running the compiled PTX in an emulator, on one sample, cut to 
 of each operator that torch dispatches for fake CUDA tensors, every one moved once: too few for an
 operator that passes over an input twice, as the backward of F.batch_norm does.
 The vectors \\[C] are float32 constants, but for "affine". timm's FrozenBatchNormAct2d dispatches
-what torchvision's module does; scale-shift is detectron2's formula.
+what torchvision's module does; scale-shift is detectron2's formula. In pair+relu, the residual is
+normalized too: by the same kernel, and by a second layer of each peer.
   unavoidable  every activation once, and a bit an element for the ReLU: bytes an element
   activations  32-byte sectors of those, once a warp and launch, over the unavoidable
   DRAM         these, vectors once a launch, and partial sums, over the unavoidable; the times are
@@ -117,7 +119,7 @@ def compare(rows: Sequence[Row]) -> list[PeerRow]:
             ours.setdefault(row.case, {})[row.which] = row
     result = []
     for case, mine in track(ours.items(), "dispatching", transient=True):
-        others: dict[str, dict[Pass, Dispatched]] = traffic.dispatch_peers(case)
+        others: dict[str, dict[Pass, Dispatched]] = dispatched.dispatch_peers(case)
         amounts = {OURS: {which: row.bytes for which, row in mine.items()}}
         launches = {OURS: {which: row.counted.launches for which, row in mine.items()}}
         for name, passes in others.items():
@@ -235,7 +237,7 @@ def plot(rows: Sequence[PeerRow], file: Path) -> None:
     figure = Figure(figsize=(15, 5.4))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     _plot_bytes(left, of_layer)
-    _plot_times(right, of_layer[-1])
+    _plot_times(right, ([r for r in of_layer if r.case.operation != traffic.PAIR] or of_layer)[-1])
     figure.suptitle("Modelled from counted bytes and peak bandwidths, not measured", fontsize=13)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
@@ -277,7 +279,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     shapes = bench_op.QUICK_SHAPES if options.quick else traffic.SHAPES
-    cases = [c for c in bench_op.cases(shapes, ()) if re.search(options.filter, c.name)]
+    cases = [*bench_op.cases(shapes, ()), *traffic.pair_cases(shapes)]
+    cases = [case for case in cases if re.search(options.filter, case.name)]
     rows = count_ours(cases, QUICK_MOST_ELEMENTS if options.quick else MOST_ELEMENTS)
     others = compare(rows)
     console = Console()

@@ -1,26 +1,27 @@
-"""Bytes that a layer moves: counted in the emulator for the CUDA kernels, and from the operators
-that are dispatched for what people use instead. Nothing here is measured on a GPU."""
+"""Bytes that a layer moves, counted in the emulator that runs the CUDA kernels. Nothing here is
+measured on a GPU."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from frozen_bn.checks import Statistics
+from frozen_bn.pair import frozen_batch_norm_pair
 
 from . import bench_op, peers
-from .bench_op import DTYPES, Case, Shape, random_tensor
+from .bench_op import DTYPES, LAYOUTS, Case, Shape, random_tensor
 
 #: Layers of ResNet-50 and Mask R-CNN.
 SHAPES: tuple[Shape, ...] = (
@@ -31,6 +32,10 @@ SHAPES: tuple[Shape, ...] = (
     (16, 1024, 14, 14),  # ResNet-50: res4
 )
 
+#: An operation that ``bench_op`` does not time: the residual is normalized as well, in one kernel,
+#: as in a block that downsamples.
+PAIR: Any = "pair+relu"
+
 #: ``backward, affine`` also gives the gradients of the weight and the bias.
 Pass = Literal["forward", "backward", "backward, affine"]
 
@@ -38,10 +43,22 @@ SECTOR = 32  # bytes: what a GPU moves at least
 VECTOR = 16  # bytes: the widest access of a thread
 PACK = 8  # elements
 
+#: Of a pack, by operation, pass and layout. 150 is what we promised, the others are what they were
+#: (the most of any dtype and shape) and a twentieth, to notice what gets slower. About 400 cost no
+#: time on an H100, where a pack waits for memory as long.
+MOST_INSTRUCTIONS = {
+    ("residual+relu", "forward"): {"contiguous": 150, "channels_last": 150},
+    ("residual+relu", "backward"): {"contiguous": 135, "channels_last": 113},
+    ("residual+relu", "backward, affine"): {"contiguous": 440, "channels_last": 380},
+    (PAIR, "forward"): {"contiguous": 182, "channels_last": 213},
+    (PAIR, "backward"): {"contiguous": 148, "channels_last": 182},
+}
+
 #: By the operators' argument names.
 WITH_VALUES = {"input", "residual", "output", "grad_output", "grad_input", "grad_residual"}
 ACTIVATIONS = {*WITH_VALUES, "mask"}
 VECTORS = {"running_mean", "running_var", "weight", "bias", "grad_weight", "grad_bias"}
+VECTORS |= {"residual_mean", "residual_var", "residual_weight", "residual_bias"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,8 @@ class Emulated:
 
     shape: Shape
     activations: int  # sectors of the activations and the mask
-    vectors: int  # [C] and [4, C] tensors, as small as they are, once a launch: DRAM's share
+    accessed: int  # bytes of those that threads load and store, over and again if they do
+    vectors: int  # [C] and [k, C] tensors, as small as they are, once a launch: DRAM's share
     partial_sums: int  # written and read back
     all_sectors: int  # of every tensor: what the L2 cache is asked for
     requested: int  # sectors of the activations, one access at a time: what the L1 cache is asked
@@ -77,19 +95,19 @@ class Emulated:
         return (self.activations + self.partial_sums) * elements + self.vectors * channels
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """What the operators of one pass read and write at least: each input and output once."""
+def has_residual(case: Case) -> bool:
+    return case.operation in ("residual+relu", PAIR)
 
-    bytes: int
-    launches: int
-    operators: tuple[str, ...]
+
+def pair_cases(shapes: Iterable[Shape]) -> list[Case]:
+    """Every dtype and layout on every shape."""
+    return [Case(*kind, PAIR, s) for s in shapes for kind in itertools.product(DTYPES, LAYOUTS)]
 
 
 def unavoidable_bytes(case: Case, which: Pass, shape: Shape) -> int:
     """Each activation once, and a bit an element for the ReLU; no vectors ``[C]``."""
-    residual = case.operation == "residual+relu"  # read forward, its gradient written backward
-    tensors = 2 + residual + (which == "backward, affine")  # which reads the input
+    # The residual is read forward, its gradient written backward.
+    tensors = 2 + has_residual(case) + (which == "backward, affine")  # which reads the input
     numel = math.prod(shape)
     mask = 0 if case.operation == "plain" else math.ceil(numel / PACK)
     return tensors * numel * DTYPES[case.dtype].itemsize + mask
@@ -105,6 +123,27 @@ def emulated_shape(shape: Shape, layout: str, most: int) -> Shape:
     if layout == "channels_last":
         return 1, c, min(h, max(1, most // (c * w))), w
     return 1, min(c, max(PACK, most // (h * w) // PACK * PACK)), h, w
+
+
+def contenders(problem: peers.Problem) -> dict[str, peers.Contender]:
+    """Those of ``peers``; of a pair, ours in one call and each peer as two of its layers."""
+    if problem.operation != PAIR:
+        return peers.contenders(problem)
+    device = problem.affine.weight.device
+    other = peers.Affine.random(problem.affine.weight.numel(), device)
+    sums = peers.contenders(replace(problem, operation="residual+relu"))
+    branches = peers.contenders(replace(problem, affine=other, operation="plain"))
+    statistics = [Statistics(*vars(a).values(), peers.EPS) for a in (problem.affine, other)]
+
+    def ours(input: Tensor, residual: Tensor) -> Tensor:
+        return frozen_batch_norm_pair(
+            input, statistics[0], residual, statistics[1], activation="relu"
+        )
+
+    def composed(name: str) -> peers.Contender:
+        return lambda input, residual: sums[name](input, branches[name](residual, None))
+
+    return {peers.OURS: ours, **{name: composed(name) for name in peers.PEERS}}
 
 
 @cache
@@ -135,7 +174,8 @@ def _summarise(case: Case, shape: Shape, launches: Iterable[Any]) -> Emulated:
     requested: Counter[str] = Counter()
     moved: Counter[str] = Counter()
     narrow = instructions = number = vectors = 0
-    vector_sizes = dict.fromkeys(VECTORS, 4 * shape[1]) | {"coefficients": 16 * shape[1]}
+    rows = 5 if case.operation == PAIR else 4
+    vector_sizes = dict.fromkeys(VECTORS, 4 * shape[1]) | {"coefficients": 4 * rows * shape[1]}
     itemsize = DTYPES[case.dtype].itemsize
     for launch in launches:
         number += 1
@@ -155,6 +195,7 @@ def _summarise(case: Case, shape: Shape, launches: Iterable[Any]) -> Emulated:
     return Emulated(
         shape,
         sum(sectors[name] for name in ACTIVATIONS),
+        sum(moved[name] for name in ACTIVATIONS),
         vectors,
         sum(n for region, n in moved.items() if region not in known),
         sectors.total(),
@@ -177,117 +218,15 @@ def emulate(emulator: Any, case: Case, shape: Shape, affine: bool = False) -> di
     problem = peers.Problem(vectors, DTYPES[case.dtype], case.operation)
     input = random_tensor(cut, device).requires_grad_()
     residual = None
-    if case.operation == "residual+relu":
+    if has_residual(case):
         residual = random_tensor(cut, device).requires_grad_()
     wanted = [t for t in (input, residual, vectors.weight, vectors.bias) if t is not None]
     wanted = [t for t in wanted if t.requires_grad]
     backward: Pass = "backward, affine" if affine else "backward"
     with _counting(emulator) as launches:
-        output = peers.contenders(problem)[peers.OURS](input, residual)
+        output = contenders(problem)[peers.OURS](input, residual)
         counted: dict[Pass, Emulated] = {"forward": _summarise(case, shape, launches)}
         launches.clear()
         torch.autograd.grad(output, wanted, random_tensor(cut, device))
         counted[backward] = _summarise(case, shape, launches)
     return counted
-
-
-#: Operators that allocate, and launch nothing.
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-
-
-def _stored_bytes(tensors: Iterable[Any]) -> int:
-    """Of the elements that are there: an expanded dimension is stored once."""
-    return sum(
-        math.prod(n for n, step in zip(t.shape, t.stride(), strict=True) if step) * t.itemsize
-        for t in tensors
-        if isinstance(t, Tensor)
-    )
-
-
-class _Operators(TorchDispatchMode):
-    """Adds up the operators that launch kernels. Views and allocations do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-        is_view = any(not alias.is_write for alias in aliases)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        name = func._schema.name.removeprefix("aten::")
-        if outputs and not is_view and name not in _ALLOCATIONS:
-            self.bytes += _stored_bytes(tree_leaves((args, kwargs))) + _stored_bytes(outputs)
-            self.names.append(name)
-        return result
-
-    def taken(self) -> Dispatched:
-        """What was counted since the last time."""
-        counted = Dispatched(self.bytes, len(self.names), tuple(self.names))
-        self.bytes, self.names = 0, []
-        return counted
-
-
-def _backward(output: Tensor, grad: Tensor) -> None:
-    """Calls autograd's nodes, in an order that respects the graph.
-
-    Torch's engine would do just that, but refuses fake CUDA tensors where there is no GPU.
-    """
-    root: Any = output.grad_fn
-    uses: Counter[Any] = Counter()
-    found = [root]
-    for node in found:
-        for successor, _ in node.next_functions:
-            if successor is not None:
-                if successor not in uses:
-                    found.append(successor)
-                uses[successor] += 1
-    gradients: dict[Any, dict[int, Tensor]] = {root: {0: grad}}
-    ready = [root]
-    while ready:
-        node = ready.pop()
-        if not hasattr(node, "variable"):  # a leaf's
-            given = gradients[node]
-            results = node(*(given.get(k) for k in range(len(node._input_metadata))))
-            results = results if isinstance(results, tuple) else (results,)
-            for (successor, k), result in zip(node.next_functions, results, strict=True):
-                if successor is None:
-                    continue
-                slots = gradients.setdefault(successor, {})
-                slots[k] = slots[k] + result if k in slots else result
-                uses[successor] -= 1
-                if uses[successor] == 0:
-                    ready.append(successor)
-
-
-def dispatch(
-    case: Case, contender: Callable[[peers.Problem], peers.Contender]
-) -> dict[Pass, Dispatched]:
-    """Runs a peer forward and backward on fake CUDA tensors; the vectors are constants."""
-    device = torch.device("cuda")
-    with FakeTensorMode():
-        vectors = peers.Affine.random(case.shape[1], device)
-        function = contender(peers.Problem(vectors, DTYPES[case.dtype], case.operation))
-        input = random_tensor(case, device).requires_grad_()
-        residual = None
-        if case.operation == "residual+relu":
-            residual = random_tensor(case, device).requires_grad_()
-        grad = random_tensor(case, device)
-        with _Operators() as operators:
-            output = function(input, residual)
-            forward = operators.taken()
-            with torch.no_grad():
-                _backward(output, grad)
-            return {"forward": forward, "backward": operators.taken()}
-
-
-def dispatch_peers(case: Case) -> dict[str, dict[Pass, Dispatched]]:
-    """By peer and pass."""
-
-    def maker(name: str) -> Callable[[peers.Problem], peers.Contender]:
-        return lambda problem: peers.contenders(problem)[name]
-
-    return {name: dispatch(case, maker(name)) for name in peers.PEERS}

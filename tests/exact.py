@@ -76,6 +76,16 @@ def at_a_kink(z: Tensor, terms: Tensor, activation: str | None) -> Tensor:
     return near
 
 
+def assert_gradient_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Within rounding of the largest; ``dtype`` is that of the input, by which sums are taken."""
+    if dtype == torch.float64 and actual.dim() > 1:
+        tolerance = 1e-12
+    else:
+        tolerance = torch.finfo(actual.dtype).eps if actual.dtype in HALVES else 4e-6
+    allowed = tolerance * expected.abs().max() + 1e-30
+    assert ((actual.double() - expected).abs() <= allowed).all()
+
+
 def awkward(kind: str) -> Tensor:
     """Tensors with holes, overlaps and odd orders; [2, 6, 7, 9] all."""
     if kind == "sliced channels":

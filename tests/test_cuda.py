@@ -5,12 +5,17 @@ The numeric tests run on `cuda` too where there is a GPU; see the fixture `devic
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers import ACTIVATIONS
 from torch import Tensor
 
 from frozen_bn import frozen_batch_norm, ops, reference
+from frozen_bn.checks import Statistics
+from frozen_bn.pair import frozen_batch_norm_pair
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
@@ -88,10 +93,42 @@ class Layer:
         return output.detach(), *torch.autograd.grad(output, wanted, self.grad.cpu().double())
 
 
+class Pair(Layer):
+    """Both branches normalized, by the kernels of a pair: its affine is frozen."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        mean, var, weight, bias = (
+            v.detach() for v in (self.mean, self.var, self.weight, self.bias)
+        )
+        self.statistics = Statistics(mean, var, weight, bias)
+        self.residual_statistics = Statistics(mean.flip(0), var.flip(0), bias, weight, 1e-3)
+
+    def _results(self, function: Any, to: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        input, residual = (to(t.detach()).requires_grad_() for t in (self.input, self.residual))
+        a, b = (
+            Statistics(*map(to, s[:4]), s.eps) for s in (self.statistics, self.residual_statistics)
+        )
+        output = function(input, a, residual, b, activation=self.activation)
+        gradients = torch.autograd.grad(output, [input, residual], to(self.grad))
+        return output.detach(), *gradients
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The output, and the gradients of the input and residual."""
+        return self._results(frozen_batch_norm_pair, lambda t: t)
+
+    def exact(self) -> tuple[Tensor, ...]:
+        return self._results(reference.frozen_batch_norm_pair, lambda t: t.cpu().double())
+
+
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """Bit for bit."""
-    for name, a, b in zip(("y", "dx", "dr", "dw", "db"), actual, expected, strict=True):
+    assert len(actual) == len(expected)
+    for name, a, b in zip(("y", "dx", "dr", "dw", "db"), actual, expected, strict=False):
         assert torch.equal(a, b), name
+
+
+layers = pytest.mark.parametrize("kind", [Layer, Pair])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -109,10 +146,22 @@ def test_every_kernel_agrees_with_the_reference(dtype, channels_last, activation
         torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_captured_graph_replays(dtype, channels_last):
-    layer = Layer((2, 64, 25, 38), dtype, channels_last)
+def test_every_kernel_of_a_pair_agrees_with_the_reference(dtype, channels_last, activation):
+    pair = Pair((3, 37, 7, 7), dtype, channels_last, activation)
+    for actual, expected in zip(pair(), pair.exact(), strict=True):
+        assert actual.dtype == dtype
+        tolerance = TOLERANCES[dtype]
+        torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=1e-5)
+
+
+@layers
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_captured_graph_replays(dtype, channels_last, kind):
+    layer = kind((2, 64, 25, 38), dtype, channels_last)
     # Captured work must not be the first of its kind; torch asks for a side stream.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -131,9 +180,10 @@ def test_a_captured_graph_replays(dtype, channels_last):
         assert_same(captured, layer())
 
 
+@layers
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_work_goes_to_the_current_stream(channels_last):
-    layer = Layer((4, 256, 50, 76), torch.float16, channels_last)
+def test_work_goes_to_the_current_stream(channels_last, kind):
+    layer = kind((4, 256, 50, 76), torch.float16, channels_last)
     expected = layer()
     fresh = [tensor.detach().clone() for tensor in layer.changing]
     with torch.no_grad():
@@ -152,8 +202,9 @@ def test_work_goes_to_the_current_stream(channels_last):
     assert_same(actual, expected)
 
 
-def test_the_host_never_waits():
-    layer = Layer((2, 64, 25, 38), torch.float16)
+@layers
+def test_the_host_never_waits(kind):
+    layer = kind((2, 64, 25, 38), torch.float16)
     layer()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -172,11 +223,12 @@ def test_gradients_repeat_bit_for_bit(dtype, shape, channels_last):
         assert_same(layer(), first)
 
 
+@layers
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_tensor_on_another_device_than_the_current(channels_last):
+def test_a_tensor_on_another_device_than_the_current(channels_last, kind):
     assert torch.cuda.current_device() == 0
-    layer = Layer((2, 64, 25, 38), torch.float32, channels_last, device="cuda:1")
+    layer = kind((2, 64, 25, 38), torch.float32, channels_last, device="cuda:1")
     results = layer()
     assert {t.device for t in results} == {torch.device("cuda:1")}
     assert torch.cuda.current_device() == 0

@@ -3,11 +3,15 @@ the warps nor on the width of the indices, nor differ between two runs."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import the_emulator
 from emulator import huge
-from emulator.runtime import Emulator
+from emulator.ptx import Module
+from emulator.runtime import Emulator, compile_kernels
 from torch import Tensor
 
 from frozen_bn import frozen_batch_norm
@@ -21,6 +25,8 @@ SHAPES = [
     (5, 2048, 1, 1),
     (9, 1, 1, 1),
 ]
+
+SOURCES = Path(__file__).parent / "emulator"
 
 kinds = pytest.mark.parametrize(
     ("dtype", "channels_last"),
@@ -129,6 +135,37 @@ def test_a_small_device_walks_long_columns(shape, dtype, channels_last):
 def test_gradients_are_repeatable_bit_by_bit(shape, dtype, channels_last):
     arguments = (the_emulator(), shape, dtype, channels_last, "relu")
     assert_same_bits(output_and_gradients(*arguments), output_and_gradients(*arguments))
+
+
+@pytest.fixture(scope="module")
+def turing(tmp_path_factory: pytest.TempPathFactory) -> Module:
+    the_emulator()
+    folder = tmp_path_factory.mktemp("turing")
+    compile_kernels(SOURCES / "turing.cu", folder, "75")
+    text = (folder / "turing.ptx").read_text()
+    assert "max.NaN" not in text and ".relu" not in text
+    return Module(text)
+
+
+@kinds
+def test_an_architecture_without_instructions_for_relu(dtype, channels_last, turing):
+    """NaN passes, and -0 becomes 0, in whole packs and in the tail."""
+    special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.5, -1.5])
+    x = special.repeat(324)[: 3 * 41 * 21].reshape(3, 41, 7, 3).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    vectors = [torch.zeros(41), torch.ones(41), torch.ones(41), -torch.zeros(41)]
+    emulator = the_emulator()
+
+    def output() -> Tensor:
+        with emulator.active():
+            return frozen_batch_norm(x, *vectors, activation="relu", eps=0.0)
+
+    expected = output()
+    with emulator.instead(turing):
+        y = output()
+    assert "turing" in emulator.launches[-1].kernel
+    assert_same_bits([y, y], [expected, x.relu()])
+    assert not (y.signbit() & ~y.isnan()).any()
 
 
 @kinds

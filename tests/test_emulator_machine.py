@@ -9,61 +9,10 @@ import numpy as np
 import pytest
 from emulator.direct import aligned, given, launch, updated, wanted
 from emulator.machine import Counters, EmulationError, Program
+from emulator.probe import FRAME, HEAD, TAIL, program, run, threads
 from emulator.ptx import Module, PtxError
-from numpy.typing import NDArray
 
 SEEDS = [None, 0, 1, 2]
-
-_HEAD = """
-.file 1 "/somewhere/hand.cu"
-.visible .entry probe(.param .u64 pin, .param .u64 pout)
-{
-.reg .pred %p<8>;
-.reg .b16 %h<8>;
-.reg .b32 %r<16>;
-.reg .b64 %w<8>;
-.reg .b64 %in, %out;
-.reg .b32 %tid, %v;
-.shared .align 16 .b8 room[512];
-.shared .align 4 .u32 cell;
-.loc 1 7 3
-mov.u32 %tid, %tid.x;
-ld.param.u64 %w0, [pin];
-ld.param.u64 %w1, [pout];
-mul.wide.u32 %w2, %tid, 4;
-add.s64 %in, %w0, %w2;
-add.s64 %out, %w1, %w2;
-ld.global.u32 %v, [%in];
-"""
-_TAIL = """
-st.global.u32 [%out], %v;
-DONE:
-ret;
-}
-"""
-#: instructions of the frame, which run once a thread
-FRAME = 9
-
-
-def program(body: str, tail: str = _TAIL) -> Program:
-    return Program(Module(_HEAD + body + tail).kernel("probe"))
-
-
-def run(
-    body: str, values: NDArray, seed: int | None = None, tail: str = _TAIL
-) -> tuple[list[int], Counters]:
-    """A block with a thread for each value, which it has in ``%v`` and returns from there."""
-    result = aligned(values.size, np.uint32)
-    x = aligned(values.size, np.uint32)
-    x[:] = values
-    code = program(body, tail)
-    counters = launch(code, 1, values.size, seed=seed, x=given(x), y=wanted(result))
-    return result.tolist(), counters
-
-
-def threads(count: int) -> NDArray:
-    return np.arange(count, dtype=np.uint32)
-
 
 # Control
 
@@ -362,72 +311,9 @@ def test_what_is_unknown_is_refused_by_name(line: str, name: str) -> None:
         program(f".loc 1 42 5\n{line}\n")
 
 
-def test_a_register_that_was_never_written() -> None:
-    with pytest.raises(EmulationError, match=r"register %r5 is read before.*probe, hand\.cu:42"):
-        run(".loc 1 42 5\nmov.u32 %v, %r5;", threads(2))
-
-
 def test_division_by_zero() -> None:
     with pytest.raises(EmulationError, match=r"division by zero.*probe, hand\.cu:42"):
         run(".loc 1 42 5\ndiv.u32 %v, 1, %v;", threads(2))
-
-
-# Races between plain accesses and atomics
-
-
-def test_an_atomic_races_with_a_plain_write() -> None:
-    body = """
-    setp.eq.u32 %p0, %tid, 0;
-    @%p0 st.shared.u32 [cell], 5;
-    .loc 1 42 5
-    atom.shared.add.u32 %v, [cell], 1;"""
-    with pytest.raises(EmulationError, match=r"race .* atomic on .*hand\.cu:42"):
-        run(body, threads(2))
-
-
-def test_a_plain_read_races_with_an_atomic() -> None:
-    body = """
-    red.global.add.u32 [%w1], 1;
-    .loc 1 42 5
-    ld.global.u32 %v, [%w1];
-    bra DONE;"""
-    with pytest.raises(EmulationError, match=r"race in y: read .*hand\.cu:42"):
-        launch(program(body), 1, 2, x=given(threads(2)), y=updated(np.zeros(1, np.uint32)))
-
-
-def test_blocks_that_read_in_one_step_are_all_remembered() -> None:
-    """Both blocks read y[0]; a barrier orders the write with one of them only."""
-    body = """
-    ld.global.u32 %r0, [%w1];
-    bar.sync 0;
-    mov.u32 %r1, %ctaid.x;
-    setp.eq.u32 %p0, %r1, 0;
-    .loc 1 42 5
-    @%p0 st.global.u32 [%w1], 1;
-    bra DONE;"""
-    arguments = {"x": given(threads(1)), "y": updated(np.zeros(1, np.uint32))}
-    with pytest.raises(EmulationError, match=r"race in y: write .*hand\.cu:42, block 0"):
-        launch(program(body), 2, 1, **arguments)
-    launch(program(body), 1, 1, **arguments)
-
-
-@pytest.mark.parametrize("thread", [0, 1, 2])
-def test_threads_that_read_in_one_step_are_all_remembered(thread: int) -> None:
-    """All read the cell, and one, whichever, then writes it without a barrier in between."""
-    body = f"""
-    setp.eq.u32 %p0, %tid, {thread};
-    @%p0 st.shared.u32 [cell], 5;
-    bar.sync 0;
-    ld.shared.u32 %r0, [cell];
-    .loc 1 42 5
-    @%p0 st.shared.u32 [cell], %r0;"""
-    with pytest.raises(EmulationError, match=r"race in shared memory: write .*hand\.cu:42"):
-        run(body, threads(3))
-
-
-def test_an_address_at_the_end_of_the_address_space() -> None:
-    with pytest.raises(EmulationError, match=r"outside .*address 0xfffffffffffffffc"):
-        run("mov.u64 %w3, -4;\nld.global.u32 %v, [%w3];", threads(1))
 
 
 # Counters
@@ -477,8 +363,8 @@ def sectors(stride: int, vector: bool, offset: int = 0) -> Counters:
     load = "v4.u32 {%r0, %r1, %r2, %r3}" if vector else "u32 %r0"
     body = f"mul.wide.u32 %w3, %tid, {stride};\nadd.s64 %w3, %w3, %w0;\n"
     body += f"ld.global.{load}, [%w3];\nbra DONE;"
-    head = _HEAD.replace("ld.global.u32 %v, [%in];", "")
-    code = Program(Module(head + body + _TAIL).kernel("probe"))
+    head = HEAD.replace("ld.global.u32 %v, [%in];", "")
+    code = Program(Module(head + body + TAIL).kernel("probe"))
     return launch(code, 1, 64, x=given(x), y=given(threads(1)))
 
 

@@ -18,20 +18,33 @@ traffic = pytest.importorskip(
     "benchmarks.traffic", reason="needs rich and torchvision, and the repository's root as cwd"
 )
 bench_op = pytest.importorskip("benchmarks.bench_op")
+dispatched = pytest.importorskip("benchmarks.dispatched")
 peers = pytest.importorskip("benchmarks.peers")
 
 MOST_ELEMENTS = 1 << 16
 MOST_SECTORS = 1.02
-MOST_INSTRUCTIONS = 150
-#: Packs of three channels; 5 elements beyond the last pack; a pack a channel in part.
-ODD_SHAPES = ((1, 3, 200, 304), (1, 37, 7, 7), (1, 64, 2, 2))
-SHAPES = (*traffic.SHAPES, *ODD_SHAPES)
-KINDS = tuple(itertools.product(bench_op.DTYPES, bench_op.LAYOUTS, SHAPES))
+LAUNCHES = {"forward": 1, "backward": 1, "backward, affine": 2}
+#: Packs of three channels; 5 elements beyond the last pack; a pack a channel in part; maps of one
+#: element, of fewer channels than a pack and of many; one channel; as many as a pack.
+ODD_SHAPES = (
+    (1, 3, 200, 304), (1, 37, 7, 7), (1, 64, 2, 2), (64, 37, 1, 1), (3, 2048, 1, 1), (9, 1, 25, 38),
+    (513, 8, 1, 1), (2, 8, 25, 38),
+)  # fmt: skip
+SHAPES = {
+    "residual+relu": (*traffic.SHAPES, *ODD_SHAPES),
+    # A few: those of ResNet-50's and Mask R-CNN's blocks that downsample.
+    traffic.PAIR: (*traffic.SHAPES[2:3], *traffic.SHAPES[5:], *ODD_SHAPES),
+}
+KINDS = [
+    (dtype, layout, operation, shape)
+    for operation, shapes in SHAPES.items()
+    for dtype, layout, shape in itertools.product(bench_op.DTYPES, bench_op.LAYOUTS, shapes)
+]
 
 
 def _name(kind: tuple) -> str:
-    dtype, layout, shape = kind
-    return f"{dtype}-{layout}-{'x'.join(map(str, shape))}"
+    *words, shape = kind
+    return "-".join((*words, "x".join(map(str, shape))))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +53,9 @@ def count():
     counted: dict = {}
 
     def of(emulator, case, affine=False):
-        shape = traffic.emulated_shape(case.shape, case.layout, MOST_ELEMENTS)
+        shape = case.shape
+        if math.prod(shape) > MOST_ELEMENTS:
+            shape = traffic.emulated_shape(shape, case.layout, MOST_ELEMENTS)
         key = (case.dtype, case.layout, case.operation, shape, affine)
         if key not in counted:
             counted[key] = traffic.emulate(emulator, case, shape, affine)
@@ -54,12 +69,19 @@ def kind(request: pytest.FixtureRequest) -> tuple:
     return request.param
 
 
+#: The odd shapes are smaller: what a thread does once, and the ends of tensors, weigh too much.
+real_layers = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind[-1] not in ODD_SHAPES], ids=_name
+)
+
+
 def _passes(emulator, count, kind):
-    """Residual and ReLU; the forward, and both backward passes."""
-    dtype, layout, shape = kind
-    case = bench_op.Case(dtype, layout, "residual+relu", shape)
-    frozen, affine = (count(emulator, case, trained) for trained in (False, True))
-    return case, {**frozen, "backward, affine": affine["backward, affine"]}
+    """The forward, and both backward passes; a pair has only one, with a frozen affine."""
+    case = bench_op.Case(*kind)
+    passes = dict(count(emulator, case))
+    if case.operation != traffic.PAIR:
+        passes["backward, affine"] = count(emulator, case, True)["backward, affine"]
+    return case, passes
 
 
 def test_no_activation_moves_twice(emulator, count, kind):
@@ -75,6 +97,28 @@ def test_no_activation_moves_twice(emulator, count, kind):
     assert over == {}
 
 
+def test_no_element_is_loaded_or_stored_twice(emulator, count, kind):
+    """Not even by the warp that has it in its L1 cache."""
+    case, passes = _passes(emulator, count, kind)
+    needed = {
+        which: traffic.unavoidable_bytes(case, which, counted.shape)
+        for which, counted in passes.items()
+    }
+    assert {which: counted.accessed for which, counted in passes.items()} == needed
+
+
+@real_layers
+def test_accesses_of_a_warp_are_coalesced(emulator, count, kind):
+    """A pack of floats takes two accesses of 16 bytes, which find the same sectors. Threads whose
+    packs span two channels may go apart from the others of their warp."""
+    case, passes = _passes(emulator, count, kind)
+    accesses = 2 if case.dtype == "fp32" else 1
+    apart = 1.3 if case.layout == "contiguous" else 1.0
+    for which, counted in passes.items():
+        needed = traffic.unavoidable_bytes(case, which, counted.shape)
+        assert counted.requested <= MOST_SECTORS * accesses * apart * needed, which
+
+
 def test_activations_move_16_bytes_at_a_time(emulator, count, kind):
     _, passes = _passes(emulator, count, kind)
     for which, counted in passes.items():
@@ -83,17 +127,18 @@ def test_activations_move_16_bytes_at_a_time(emulator, count, kind):
         assert counted.narrow <= tensors * tail, which
 
 
-# The odd shapes are smaller than a real layer: what a thread does once weighs too much.
-@pytest.mark.parametrize("kind", [k for k in KINDS if k[-1] not in ODD_SHAPES], ids=_name)
+@real_layers
 def test_instructions_of_a_pack(emulator, count, kind):
-    _, passes = _passes(emulator, count, kind)
-    assert passes["forward"].instructions_per_pack <= MOST_INSTRUCTIONS
+    case, passes = _passes(emulator, count, kind)
+    for which, counted in passes.items():
+        most = traffic.MOST_INSTRUCTIONS[case.operation, which][case.layout]
+        assert counted.instructions_per_pack <= most, which
 
 
 def test_launches(emulator, count, kind):
     _, passes = _passes(emulator, count, kind)
-    launches = {which: counted.launches for which, counted in passes.items()}
-    assert launches == {"forward": 1, "backward": 1, "backward, affine": 2}
+    for which, counted in passes.items():
+        assert counted.launches == LAUNCHES[which], which
 
 
 @pytest.mark.parametrize("operation", ["plain", "relu"])
@@ -104,6 +149,7 @@ def test_without_a_residual_no_activation_moves_twice(emulator, count, operation
     for which, counted in count(emulator, case).items():
         needed = traffic.unavoidable_bytes(case, which, counted.shape)
         assert needed <= counted.activations <= MOST_SECTORS * needed
+        assert counted.accessed == needed
 
 
 def test_a_large_shape_is_cut_where_the_access_pattern_does_not_show_it():
@@ -116,7 +162,7 @@ def test_a_large_shape_is_cut_where_the_access_pattern_does_not_show_it():
 
 def _peer(name: str, operation: str, dtype: str = "fp32"):
     case = bench_op.Case(dtype, "contiguous", operation, (2, 64, 25, 38))
-    passes = traffic.dispatch_peers(case)[name]
+    passes = dispatched.dispatch_peers(case)[name]
     numel, itemsize = math.prod(case.shape), bench_op.DTYPES[dtype].itemsize
     return {which: (round(p.bytes / numel / itemsize), p) for which, p in passes.items()}
 
@@ -150,13 +196,13 @@ def test_timm_dispatches_what_torchvision_does():
         return lambda input, residual: module(input)
 
     case = bench_op.Case("fp16", "contiguous", "relu", (2, 64, 25, 38))
-    passes = traffic.dispatch(case, contender)
-    assert passes == traffic.dispatch_peers(case)["torchvision"]
+    passes = dispatched.dispatch(case, contender)
+    assert passes == dispatched.dispatch_peers(case)["torchvision"]
 
 
 def test_nothing_is_counted_that_launches_nothing():
     case = bench_op.Case("fp32", "contiguous", "plain", (2, 64, 25, 38))
-    passes = traffic.dispatch(
+    passes = dispatched.dispatch(
         case, lambda _: lambda input, residual: input.reshape(-1).detach().view(case.shape) + input
     )
     numel = math.prod(case.shape)
@@ -168,9 +214,18 @@ def test_nothing_is_counted_that_launches_nothing():
 def test_an_expanded_operand_is_read_once():
     case = bench_op.Case("fp32", "contiguous", "plain", (2, 64, 25, 38))
     numel = math.prod(case.shape)
-    passes = traffic.dispatch(
+    passes = dispatched.dispatch(
         case,
         lambda p: lambda input, _: input * p.affine.weight[None, :, None, None].expand(input.shape),
     )
     assert passes["forward"].bytes == 8 * numel + 4 * 64
     assert passes["backward"].bytes == 8 * numel + 4 * 64
+
+
+def test_a_peer_of_a_pair_is_two_of_its_layers():
+    case = bench_op.Case("fp16", "contiguous", traffic.PAIR, (2, 64, 25, 38))
+    passes = dispatched.dispatch_peers(case)["batch_norm"]
+    names = passes["forward"].operators
+    assert len(names) == 4 and names[0] == names[1] and names[2:] == ("add", "relu")
+    assert passes["backward"].operators.count("threshold_backward") == 1
+    assert passes["backward"].launches == 3

@@ -16,7 +16,7 @@ class Argument:
     """An array that a kernel gets a pointer to."""
 
     array: NDArray
-    initialised: bool
+    initialised: bool | NDArray[np.bool_]  # all of it, or each element
     writable: bool
 
 
@@ -64,7 +64,8 @@ def launch(
             array = argument.array
             value = array.ctypes.data
             region = Region.at(name, value, array.nbytes, array.itemsize)
-            region.initialised |= argument.initialised
+            first = (region.begin - region.base) // region.unit
+            region.initialised[first : first + array.size] |= argument.initialised
             region.writable = argument.writable
             regions[name] = memory.add(region)
         packed += bytes(offset - len(packed)) + int(value).to_bytes(size, "little")

@@ -17,7 +17,7 @@ from .ptx import Instruction, Kernel, PtxError
 from .values import DTYPES, Value, is_float, is_integer
 
 if TYPE_CHECKING:
-    from .machine import Lanes
+    from .lanes import Lanes
 
 Step = Callable[["Lanes"], None]
 Source = Callable[["Lanes"], Value]
@@ -155,8 +155,7 @@ class _Compiler:
     def op_ld(self) -> Step:
         self.take("volatile")  # here, all accesses are
         space = self.take("param", "global", "shared")
-        if space == "global":
-            self.take("nc")
+        constant = space == "global" and self.take("nc") is not None
         count = int((self.take("v2", "v4") or "v1")[1:])
         kind = self.type()
         writes = [self.write(name) for name in self._vector(self.operands[0])]
@@ -166,7 +165,7 @@ class _Compiler:
         dtype = DTYPES[kind]
 
         def step(lanes: Lanes) -> None:
-            loaded = lanes.load(space, address(lanes), dtype, count)
+            loaded = lanes.load(space, address(lanes), dtype, count, constant)
             for k, write in enumerate(writes):
                 write(lanes, np.ascontiguousarray(loaded[..., k]) if loaded.ndim > 1 else loaded[k])
 

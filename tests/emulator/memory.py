@@ -93,16 +93,20 @@ class Region:
         if not self.writable:
             raise MemoryFault(f"write to {self.name}, an input", 0, int(addresses[0]))
 
-    def load(self, addresses: Addresses, dtype: np.dtype, count: int, by: Accessors) -> NDArray:
-        """[lanes, count] elements."""
+    def load(
+        self, addresses: Addresses, dtype: np.dtype, count: int, by: Accessors,
+        constant: bool = False,
+    ) -> NDArray:  # fmt: skip
+        """[lanes, count] elements. ``constant``: no thread of the launch may write there."""
         offsets = (addresses - self.base).astype(np.int64)
         self._complete = self._complete or bool(self.initialised.all())
         if self.races or not self._complete:
             units, per_lane = self.units(offsets, dtype.itemsize * count)
             self._check_initialised(addresses, units, per_lane)
             if self.races:
-                races = self.races.read(units, by, per_lane)
+                races = self.races.read(units, by, per_lane, constant)
                 what = "read of what another thread wrote"
+                what += ", or read as constant of what any did" * constant
                 self._check_races(races, addresses, per_lane, what)
         elements = self.data.view(dtype)
         return elements[(offsets // dtype.itemsize)[:, None] + np.arange(count)]
@@ -114,7 +118,7 @@ class Region:
         units, per_lane = self.units(offsets, values.itemsize * values.shape[1])
         if self.races:
             races = self.races.write(units, by, per_lane)
-            what = "write of what another thread read or wrote"
+            what = "write of what another thread read or wrote, or any read as constant"
             self._check_races(races, addresses, per_lane, what)
         self.initialised[units] = self.written[units] = True
         elements = self.data.view(values.dtype)
@@ -130,7 +134,7 @@ class Region:
         self._check_initialised(addresses, units, per_lane)
         if self.races:
             races = self.races.atomic(units, by, per_lane)
-            what = "atomic on what another thread read or wrote"
+            what = "atomic on what another thread read or wrote, or any read as constant"
             self._check_races(races, addresses, per_lane, what)
         elements, before = self.data.view(operands.dtype), np.empty_like(operands)
         for lane, index in enumerate(offsets // operands.itemsize):
@@ -184,18 +188,23 @@ class AddressSpace:
         for k in np.unique(number):
             yield self.regions[k], np.flatnonzero(number == k)
 
-    def load(self, addresses: Addresses, dtype: np.dtype, count: int, by: Accessors) -> NDArray:
-        """[lanes, count] elements."""
+    def load(
+        self, addresses: Addresses, dtype: np.dtype, count: int, by: Accessors,
+        constant: bool = False,
+    ) -> NDArray:  # fmt: skip
+        """[lanes, count] elements. ``constant``: no thread of the launch may write there."""
         result = None
         for region, lanes in self.split(addresses, dtype.itemsize * count):
             if lanes is None:
                 region.check_range(addresses, dtype.itemsize * count)
-                return region.load(addresses, dtype, count, by)
+                return region.load(addresses, dtype, count, by, constant)
             if result is None:
                 result = np.empty((addresses.size, count), dtype)
             with _lanes_of(lanes):
                 region.check_range(addresses[lanes], dtype.itemsize * count)
-                result[lanes] = region.load(addresses[lanes], dtype, count, _some(by, lanes))
+                result[lanes] = region.load(
+                    addresses[lanes], dtype, count, _some(by, lanes), constant
+                )
         assert result is not None
         return result
 

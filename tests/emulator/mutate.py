@@ -2,8 +2,9 @@
 
     cd tests && python -m emulator.mutate [NAME...]
 
-Each mutation is made in a copy of csrc, which is built and compared with the reference on a few
-configurations. Prints what caught each; exits with 1 if one survives, or the copy as it is fails.
+Each mutation is made in a copy of csrc, which is built, compared with the reference on a few
+configurations, and held to what a kernel may move and execute. Prints what caught each; exits with
+1 if one survives, or the copy as it is fails.
 """
 
 from __future__ import annotations
@@ -23,129 +24,11 @@ from torch import Tensor
 import frozen_bn
 from emulator import huge, runtime
 from emulator.machine import EmulationError
+from emulator.mutations import MUTATIONS, Mutation
 from frozen_bn.checks import Statistics
 from frozen_bn.pair import frozen_batch_norm_pair
 
 TESTS = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True)
-class Mutation:
-    name: str
-    file: str  # in csrc; none: the sources as they are
-    before: str  # occurs once there
-    after: str
-    wide: bool = False  # seen only with 64-bit index arithmetic
-
-
-MUTATIONS = [
-    Mutation("nothing", "", "", ""),
-    Mutation("nothing, 64-bit", "", "", "", wide=True),
-    Mutation(
-        "tail stored one too long", "cuda/packs.cuh",
-        "if (k < at.count) to[k]", "if (k <= at.count) to[k]",
-    ),
-    Mutation(
-        "tail loaded one too short", "cuda/packs.cuh",
-        "if (k < at.count) x.lane[k]", "if (k + 1 < at.count) x.lane[k]",
-    ),
-    Mutation(
-        "scale and bias swapped", "cuda/channels.cuh",
-        "return {row[kMean], row[kScale * p.index.channels], row[kBias * p.index.channels]};",
-        "return {row[kMean], row[kBias * p.index.channels], row[kScale * p.index.channels]};",
-    ),
-    Mutation(
-        "a mask bit dropped", "cuda/forward.cuh",
-        "uint32_t{blocked<kAct>(z.lane[k])}", "uint32_t{k != 5 && blocked<kAct>(z.lane[k])}",
-    ),
-    Mutation(
-        "a mask bit of ReLU misplaced", "cuda/forward.cuh",
-        "FROZEN_BN_LANE(6, 32)", "FROZEN_BN_LANE(6, 16)",
-    ),
-    Mutation(
-        "ReLU forgotten in a tail", "cuda/packs.cuh",
-        "kRelu ? relu(x.lane[k]) : x.lane[k]", "x.lane[k]",
-    ),
-    Mutation(
-        "wrong channel at a boundary", "cuda/channels.cuh",
-        "lane < split);", "lane <= split);",
-    ),
-    Mutation(
-        "no barrier behind the table", "cuda/channels.cuh",
-        "place.sample == 0 && begins));\n  }\n  __syncthreads();",
-        "place.sample == 0 && begins));\n  }",
-    ),
-    Mutation(
-        "no barrier before a tile's sums", "cuda/backward.cuh",
-        "__syncthreads();\n    reduce_runs(", "reduce_runs(",
-    ),
-    Mutation(
-        "no barrier before the rows' sums", "cuda/backward.cuh",
-        "const LaneSums& sums) {\n  __syncthreads();", "const LaneSums& sums) {",
-    ),
-    Mutation(
-        "no barrier in the reduction", "cuda/backward.cuh",
-        "[threadIdx.x] = sum_centered;\n  __syncthreads();", "[threadIdx.x] = sum_centered;",
-    ),
-    Mutation(
-        "last block not launched", "launch_plan.h",
-        "ceil_div(layout.numel, kTileSize)", "std::max<int64_t>(1, layout.numel / kTileSize)",
-    ),
-    Mutation(
-        "wrong period", "launch_plan.h",
-        "std::lcm(layout.channels * layout.inner,", "std::lcm(layout.channels,",
-    ),
-    Mutation(
-        "vectors although misaligned", "cuda/ops.cpp",
-        "is_aligned({params.input, params.residual, params.output})", "true",
-    ),
-    Mutation(
-        "wrong magic number to divide by", "cuda/params.h", "/ d + 1);", "/ d);",
-    ),
-    Mutation(
-        "last partial row not added", "cuda/backward.cuh",
-        "row < p.rows;", "row < p.rows - 1;",
-    ),
-    Mutation(
-        "unused partial rows not cleared", "cuda/backward.cuh",
-        "while (++row < first_row + p.segments) write(row, Sums{});", "",
-    ),
-    Mutation(
-        "two tiles write one partial row", "cuda/backward.cuh",
-        "first_row + tile_number - first_tile;", "first_row;",
-    ),
-    Mutation(
-        "residual ignored", "cuda/forward.cuh", "x.lane[k] += residual.lane[k];", ";",
-    ),
-    Mutation(
-        "32-bit overflow of a tile's start", "cuda/index.cuh",
-        "int64_t{number} * kTileSize", "number * kTileSize",
-    ),
-    Mutation(
-        "32-bit overflow of an element's index", "cuda/packs.cuh",
-        "+ number * kPackSize", "+ static_cast<uint32_t>(number) * kPackSize",
-    ),
-    Mutation(
-        "scales of a pair swapped", "cuda/backward.cuh",
-        "gradient.lane[k] * channels(k).residual_scale;", "gradient.lane[k] * channels(k).scale;",
-    ),
-    Mutation(
-        "mean of the wrong branch", "cuda/channels.cuh",
-        "return {own, residual.mean, residual.scale};", "return {own, own.mean, residual.scale};",
-    ),
-    Mutation(
-        "bias of a pair's residual dropped", "cuda/channels.cuh", "own.bias += residual.bias;", "",
-    ),
-    Mutation(
-        "no barrier behind the table of columns", "cuda/channels.cuh",
-        "blockIdx.y == 0 && occurs));\n  }\n  __syncthreads();",
-        "blockIdx.y == 0 && occurs));\n  }",
-    ),
-    Mutation(
-        "wrong run", "cuda/index.cuh",
-        "first_run = start / index.inner;", "first_run = start / index.tile_inner;", wide=True,
-    ),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,6 +67,7 @@ CONFIGURATIONS = [
     Configuration((1, 1, 5, 5), torch.bfloat16, affine=False),
     Configuration((2, 24, 9, 10), torch.float32, "relu", channels_last=True, residual=True),
     Configuration((2, 20, 8, 8), torch.float16, "silu", channels_last=True),
+    Configuration((1, 1100, 2, 3), torch.float16, "relu"),  # several blocks sum channels
     Configuration((2, 600, 3, 5), torch.bfloat16, channels_last=True),  # several blocks of columns
     Configuration((3, 7, 11, 13), torch.float32, "leaky_relu", channels_last=True),
     Configuration((3, 7, 5, 5), torch.float16, "relu", channels_last=True, offset=1),
@@ -233,6 +117,25 @@ def compare(emulator: runtime.Emulator, configuration: Configuration) -> None:
         )
 
 
+def waste(emulator: runtime.Emulator) -> str | None:
+    """A kernel that moves more than it need, or takes more instructions than it did."""
+    sys.path.append(str(runtime.ROOT))
+    from benchmarks import bench_op, traffic
+
+    for layout in bench_op.LAYOUTS:
+        for operation in ("residual+relu", traffic.PAIR):
+            case = bench_op.Case("fp16", layout, operation, (16, 2048, 7, 7))
+            shape = traffic.emulated_shape(case.shape, layout, 1 << 16)
+            for which, counted in traffic.emulate(emulator, case, shape).items():
+                needed = traffic.unavoidable_bytes(case, which, shape)
+                if counted.accessed != needed:
+                    return f"{case.name}, {which}: {counted.accessed} bytes instead of {needed}"
+                most = traffic.MOST_INSTRUCTIONS[operation, which][layout]
+                if counted.instructions_per_pack > most:
+                    return f"{case.name}, {which}: {counted.instructions_per_pack:.0f} instructions"
+    return None
+
+
 def check(library: Path) -> str | None:
     """What is found to be wrong with a library first."""
     emulator = runtime.Emulator(library)
@@ -249,7 +152,7 @@ def check(library: Path) -> str | None:
             huge.compare(emulator, case)
         except (AssertionError, EmulationError) as error:
             return f"{type(error).__name__} at {case}: {' '.join(str(error).split())}"
-    return None
+    return waste(emulator)
 
 
 def mutated(mutation: Mutation, folder: Path) -> Path:

@@ -44,6 +44,9 @@ class _Accesses:
     def _block_of(self, who: NDArray[np.int32]) -> NDArray[np.int32]:
         return np.where(who > 0, (who - 1) // self._threads_per_block + 1, -who)
 
+    def by_anyone(self, units: NDArray) -> NDArray[np.bool_]:
+        return self._who[units] != _NOBODY
+
     def by_others(self, units: NDArray, thread: NDArray) -> NDArray[np.bool_]:
         who = self._who[units]
         return (who != _NOBODY) & (who != thread)
@@ -81,14 +84,24 @@ class RaceDetector:
     atomics."""
 
     def __init__(self, units: int, threads_per_block: int) -> None:
+        self._units = units
         self._reads = _Accesses(units, threads_per_block)
         self._writes = _Accesses(units, threads_per_block)
         self._atomics = _Accesses(units, threads_per_block)
+        self._constant: NDArray[np.bool_] | None = None  # read as what nobody writes
 
-    def read(self, units: NDArray, by: Accessors, width: int) -> NDArray[np.bool_]:
-        """Where a read races with an earlier access."""
+    def read(
+        self, units: NDArray, by: Accessors, width: int, constant: bool = False
+    ) -> NDArray[np.bool_]:
+        """Where a read races with an earlier access; ``constant``: with any write of the launch,
+        ordered or not, be it to come."""
         who = by.expand(width)
         races = self._writes.unordered(units, *who) | self._atomics.unordered(units, *who)
+        if constant:
+            races |= self._writes.by_anyone(units) | self._atomics.by_anyone(units)
+            if self._constant is None:
+                self._constant = np.zeros(self._units, bool)
+            self._constant[units] = True
         self._reads.add(units, *who)
         return races
 
@@ -96,7 +109,7 @@ class RaceDetector:
         """Where a write races with an earlier access, or with another lane's."""
         who = by.expand(width)
         races = self._reads.unordered(units, *who) | self._writes.unordered(units, *who)
-        races |= self._atomics.unordered(units, *who)
+        races |= self._atomics.unordered(units, *who) | self._read_as_constant(units)
         self._writes.add(units, *who)
         # As of now the writer is this thread, or the others are of this very access.
         return races | self._writes.by_others(units, who[0])
@@ -105,5 +118,9 @@ class RaceDetector:
         """Where an atomic races with an earlier read or write."""
         who = by.expand(width)
         races = self._reads.unordered(units, *who) | self._writes.unordered(units, *who)
+        races |= self._read_as_constant(units)
         self._atomics.add(units, *who)
         return races
+
+    def _read_as_constant(self, units: NDArray) -> NDArray[np.bool_] | np.bool_:
+        return np.False_ if self._constant is None else self._constant[units]

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -137,7 +136,7 @@ def register(
 
     Returns which units of its memory kernels have written, as the launches go on.
     """
-    if tensor.numel() == 0 or not is_non_overlapping_and_dense_or_false(tensor):
+    if tensor.numel() == 0 or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return None
     size = tensor.numel() * tensor.element_size()
     region = memory.add(Region.at(name, tensor.data_ptr(), size, tensor.element_size()))
@@ -178,12 +177,34 @@ class Emulator:
         self.count_sectors = False
         self.part: tuple[range, list[slice], int] | None = None
 
+    def _own(self) -> Module:
+        if self._module is None:
+            self._module = Module(self._ptx.read_text())
+        return self._module
+
     def _program(self, name: str) -> Program:
         if name not in self._programs:
-            if self._module is None:
-                self._module = Module(self._ptx.read_text())
-            self._programs[name] = Program(self._module.kernel(name))
+            self._programs[name] = Program(self._own().kernel(name))
         return self._programs[name]
+
+    @contextmanager
+    def instead(self, module: Module) -> Iterator[None]:
+        """Within, kernels that ``module`` has too are taken from there: compiled for another
+        architecture, say."""
+
+        def plain(name: str) -> str:
+            return name[name.find("frozen_bn_") :]  # what is before tells the file
+
+        theirs = {plain(name): name for name in module.names}
+        common = {name: theirs[plain(name)] for name in self._own().names if plain(name) in theirs}
+        before = self._programs
+        self._programs = before | {
+            name: Program(module.kernel(their_name)) for name, their_name in common.items()
+        }
+        try:
+            yield
+        finally:
+            self._programs = before
 
     def _on_launch(self, name: bytes, grid: Any, block: Any, arguments: Any) -> int:
         try:
