@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,11 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import fold, merged
+from .guards import Children, Guard, Held, once
 from .modules import Fate, _FrozenBatchNorm
-from .trace import CannotTrace, TracedForward, has_hooks, is_plain_sequential, trace
+from .source import CannotTrace
+from .trace import is_plain_sequential, trace
+from .traced import Key, Traced, TracedForward, has_hooks
 
 ACTIVATION_MODULES: dict[type[nn.Module], str | None] = {
     nn.Identity: None,
@@ -273,13 +276,17 @@ def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
     return call(merged.add_and_activate, merge.nodes, value, residual, *tail)
 
 
-def _calls_frozen(module: nn.Module) -> bool:
-    """Whether its own ``forward`` may call a frozen batch normalization."""
+def _called(module: nn.Module) -> Iterator[_FrozenBatchNorm]:
+    """The frozen batch normalizations that its own ``forward`` may call."""
     for child in module.children():
-        holds = is_plain_sequential(child) or type(child) in (nn.ModuleList, nn.ModuleDict)
-        if isinstance(child, _FrozenBatchNorm) or (holds and _calls_frozen(child)):
-            return True
-    return False
+        if isinstance(child, _FrozenBatchNorm):
+            yield child
+        elif is_plain_sequential(child) or type(child) in (nn.ModuleList, nn.ModuleDict):
+            yield from _called(child)
+
+
+def _calls_frozen(module: nn.Module) -> bool:
+    return any(True for _ in _called(module))
 
 
 def _crossed(sequential: str, merge: _Merge) -> bool:
@@ -291,7 +298,7 @@ def _crossed(sequential: str, merge: _Merge) -> bool:
     return len(inside) == 2
 
 
-@dataclass
+@dataclass(eq=False)
 class _Plan:
     """A module's forward in one mode, and what can be merged there."""
 
@@ -299,7 +306,37 @@ class _Plan:
     merges: list[_Merge]
     inlined: dict[str, nn.Module]
     identities: set[nn.Module]
+    guards: list[Guard]
     asked: bool  # whether it is right only for the kind of arguments that was assumed
+    asked_training: bool  # whether it is right only for the mode
+
+
+def _put_back(graph: fx.Graph, sequential: str) -> None:
+    """Puts a call of a Sequential in the place of those of what is in it."""
+    inside = [
+        node
+        for node in graph.nodes
+        if node.op == "call_module" and str(node.target).startswith(sequential + ".")
+    ]
+    if inside:  # else it was in another one that has been put back
+        with graph.inserting_before(inside[0]):
+            call = graph.call_module(sequential, (inside[0].args[0],))
+        inside[-1].replace_all_uses_with(call)
+        for node in reversed(inside):
+            graph.erase_node(node)
+
+
+def _places(owner: nn.Module, graph: fx.Graph, inlined: set[nn.Module]) -> Iterator[Guard]:
+    """That what the graph calls is still where it was."""
+    for module in inlined:
+        yield Children(module, [*module._modules.items()])
+    for node in graph.nodes:
+        parent: nn.Module | None = owner
+        for name in str(node.target).split(".") if node.op in ("call_module", "get_attr") else ():
+            child = parent._modules.get(name) if parent is not None else None
+            if parent is not None and child is not None and parent not in inlined:
+                yield Held(parent, "_modules", name, child)
+            parent = child
 
 
 def _plan(owner: nn.Module, training: bool, tensors: bool, shared: set[nn.Module]) -> _Plan:
@@ -309,41 +346,42 @@ def _plan(owner: nn.Module, training: bool, tensors: bool, shared: set[nn.Module
         free = module not in kept and not has_hooks(module)  # which the trace would call
         return free and is_plain_sequential(module) and _calls_frozen(module)
 
+    found = trace(owner, training, tensors, looked_into)
+    while found.repeated:  # two calls of one could not be told apart
+        kept |= found.repeated
+        found = trace(owner, training, tensors, looked_into)
+    graph, inlined = found.graph, found.inlined
+    identities = _skip_identities(owner, graph)
     while True:
-        graph, inlined, asked = trace(owner, training, tensors, looked_into)
-        identities = _skip_identities(owner, graph)
         merges = _Matcher(owner, graph, shared).merges()
         uncrossed = {
-            module
+            name: module
             for name, module in inlined.items()
             if not any(_crossed(name, merge) for merge in merges)
         }
         if not uncrossed:
-            return _Plan(graph, merges, inlined, identities, asked)
-        kept |= uncrossed
+            guards = once([*found.guards, *_places(owner, graph, {*inlined.values()})])
+            asked = found.asked, found.asked_training
+            return _Plan(graph, merges, inlined, identities, guards, *asked)
+        for name in uncrossed:
+            _put_back(graph, name)
+        inlined = {name: m for name, m in inlined.items() if name not in uncrossed}
 
 
-def _plans(owner: nn.Module, shared: set[nn.Module]) -> dict[tuple[bool, bool | None], _Plan]:
-    """By ``training``, and whether the arguments are tensors if that matters. The present mode
-    comes last."""
-    plans: dict[tuple[bool, bool | None], _Plan] = {}
-    for training in (not owner.training, owner.training):
+def _plans(owner: nn.Module, shared: set[nn.Module]) -> dict[Key, _Plan]:
+    """The present mode comes last."""
+    plans: dict[Key, _Plan] = {}
+    for training in (owner.training, not owner.training):
         plan = _plan(owner, training, True, shared)
-        plans[training, True if plan.asked else None] = plan
+        variants = {True if plan.asked else None: plan}
         if plan.asked:
             with contextlib.suppress(CannotTrace):
-                plans[training, False] = _plan(owner, training, False, shared)
-    return plans
-
-
-def _containers(owner: nn.Module, graph: fx.Graph) -> set[nn.Module]:
-    """The modules below ``owner`` whose children the graph calls."""
-    found = set()
-    for node in graph.nodes:
-        path = str(node.target).split(".")[:-1] if node.op == "call_module" else []
-        for end in range(1, len(path) + 1):
-            found.add(owner.get_submodule(".".join(path[:end])))
-    return found
+                variants[False] = _plan(owner, training, False, shared)
+        plans |= {(training, tensors): plan for tensors, plan in variants.items()}
+        if not any(plan.asked_training for plan in variants.values()):
+            plans |= {(not training, tensors): plan for tensors, plan in variants.items()}
+            break
+    return dict(reversed(plans.items()))
 
 
 def _tell(owner: nn.Module, merge: _Merge, fold_conv: bool) -> None:
@@ -368,10 +406,9 @@ def _fuse_forward(owner: nn.Module, fold_conv: bool, shared: set[nn.Module]) -> 
     """Returns the Sequentials that ``owner`` now runs through by itself."""
     plans = _plans(owner, shared)
     parts: set[nn.Module] = set()
-    containers: set[nn.Module] = set()
     inlined: set[nn.Module] = set()
-    for plan in plans.values():
-        containers |= _containers(owner, plan.graph)
+    traces: dict[_Plan, Traced] = {}
+    for plan in dict.fromkeys(plans.values()):
         inlined |= {*plan.inlined.values()}
         parts |= plan.identities
         for merge in plan.merges:
@@ -379,9 +416,10 @@ def _fuse_forward(owner: nn.Module, fold_conv: bool, shared: set[nn.Module]) -> 
             called = (str(node.target) for node in merge.parts() if node.op == "call_module")
             parts |= {*map(owner.get_submodule, called)}
             _rewrite(plan.graph, merge, fold_conv)
-    if any(plan.merges for plan in plans.values()):
-        graphs = {key: plan.graph for key, plan in plans.items()}
-        owner.forward = TracedForward(owner, graphs, parts | inlined, containers)
+        traces[plan] = Traced(plan.graph, plan.guards)
+    if any(plan.merges for plan in traces):
+        chosen = {key: traces[plan] for key, plan in plans.items()}
+        owner.forward = TracedForward(owner, chosen, parts | inlined)
     return inlined
 
 
@@ -410,8 +448,8 @@ def fuse_forwards(root: nn.Module, fold_conv: bool) -> None:
         try:
             inlined |= _fuse_forward(module, fold_conv, shared)
         except CannotTrace as reason:
-            for layer in module.modules():
-                if isinstance(layer, _FrozenBatchNorm) and layer.fate == Fate():
+            for layer in _called(module):
+                if layer.fate == Fate():
                     layer.fate = Fate(reason=f"{type(module).__name__}.forward: {reason}")
     _tell_rest(root, shared)
 

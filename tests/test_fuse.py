@@ -209,6 +209,10 @@ PLACES: dict[str, tuple[Forward, dict[str, str]]] = {
         lambda s, x: F.dropout(F.relu(x_a(s, x)), 0.5, training=s.training),
         {"bn_a": "relu"},
     ),
+    "mode of a child": (
+        lambda s, x: F.dropout(F.relu(x_a(s, x)), 0.5, s.drop.training),
+        {"bn_a": "relu"},
+    ),
     "default argument": (lambda s, x, k=2: F.relu(x_a(s, x)) * k, {"bn_a": "relu"}),
     "flag": (lambda s, x: F.relu(x_a(s, x)) * s.scale, {"bn_a": "relu"}),
     "buffer": (lambda s, x: F.relu(x_a(s, x)) * s.gain, {"bn_a": "relu"}),
@@ -231,10 +235,14 @@ def test_nested_sequentials():
 
 @pytest.mark.parametrize("kind", [dict, OrderedDict, tuple, list, Pair])
 def test_the_type_of_what_is_returned(kind):
-    def make(x):
-        return kind(x, x) if kind is Pair else kind(a=x) if issubclass(kind, dict) else kind([x])
-
-    net = fused_block(lambda s, x: make(F.relu(x_a(s, x))))
+    forwards: dict[type, Forward] = {
+        Pair: lambda s, x: Pair(F.relu(x_a(s, x)), x),
+        dict: lambda s, x: dict(a=F.relu(x_a(s, x))),
+        OrderedDict: lambda s, x: OrderedDict(a=F.relu(x_a(s, x))),
+        tuple: lambda s, x: tuple([F.relu(x_a(s, x))]),
+        list: lambda s, x: list((F.relu(x_a(s, x)),)),
+    }
+    net = fused_block(forwards[kind])
     assert merged(net)
     assert type(net(torch.randn(IMAGE))) is kind
 
@@ -435,22 +443,21 @@ LEFT_ALONE: dict[str, tuple[Forward, str]] = {
         lambda s, x: F.relu(x_a(s, x)) if x.requires_grad else x,
         "cannot trace",
     ),
-    "loop over the batch": (lambda s, x: sum(F.relu(x_a(s, x)) for _ in x), "cannot trace"),
-    "stores": (stores, "sets last"),
-    "keeps": (keeps, "sets kept"),
-    "counts": (counts, "sets _buffers"),
-    "random numbers": (lambda s, x: F.relu(x_a(s, x)) * torch.rand(()), "asks rand"),
-    "no_grad": (without_gradients, "gradient mode"),
-    "no_grad as a decorator": (torch.no_grad()(lambda s, x: F.relu(x_a(s, x))), "gradient mode"),
-    "enable_grad": (with_gradients, "gradient mode"),
-    "autocast": (with_autocast_off, "gradient mode, autocast"),
-    "checkpointing": (checkpointed, "checkpointing"),
-    "gradient mode": (lambda s, x: F.relu(x_a(s, x)) * (1 + torch.is_grad_enabled()), "depends on"),
-    "mode of a child": (lambda s, x: F.dropout(F.relu(x_a(s, x)), 0.5, s.drop.training), "depends"),
+    "loop over the batch": (lambda s, x: sum(F.relu(x_a(s, x)) for _ in x), "iterates"),
+    "stores": (stores, "sets s.last"),
+    "keeps": (keeps, "changes kept"),
+    "counts": (counts, "sets s.steps"),
+    "random numbers": (lambda s, x: F.relu(x_a(s, x)) * torch.rand(()), "uses torch.rand"),
+    "no_grad": (without_gradients, "has a `with`"),
+    "no_grad as a decorator": (torch.no_grad()(lambda s, x: F.relu(x_a(s, x))), "decorated"),
+    "enable_grad": (with_gradients, "has a `with`"),
+    "autocast": (with_autocast_off, "has a `with`"),
+    "checkpointing": (checkpointed, "uses torch.utils.checkpoint"),
+    "gradient mode": (lambda s, x: F.relu(x_a(s, x)) * (1 + torch.is_grad_enabled()), "is_grad"),
     "*args": (lambda s, *x: F.relu(x_a(s, x[0])), "any number"),
     "**kwargs": (lambda s, x, **k: F.relu(x_a(s, x)), "any number"),
     "isinstance of a value": (asks_of_a_value, "isinstance"),
-    "tensor made": (lambda s, x: F.relu(x_a(s, x)) * torch.tensor(2.0), "sets _tensor_constant0"),
+    "tensor made": (lambda s, x: F.relu(x_a(s, x)) * torch.tensor(2.0), "uses torch.tensor"),
 }
 
 

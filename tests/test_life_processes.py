@@ -16,7 +16,7 @@ from helpers import ACTIVATIONS, assert_same_bits, outputs_and_gradients
 from nets import EVERY_CONVERSION, images, network
 
 from frozen_bn import FrozenBatchNorm2d
-from frozen_bn.trace import TracedForward
+from frozen_bn.traced import TracedForward
 
 # Large enough for the kernels to share it out among threads.
 LARGE = (4, 32, 64, 64)
