@@ -16,6 +16,9 @@ TORCH_oldest ?= torch==2.10.0
 # Test processes at once, of one thread each.
 JOBS ?= 2
 
+# For ninja: without it on PATH, torch compiles one file after the other, and all of them every time.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
 RUN   := $(VENV)/bin/python
 PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
