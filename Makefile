@@ -49,16 +49,16 @@ test: build
 	$(PYTEST)
 
 bench: build
-	$(RUN) -m benchmarks.bench_op
+	$(RUN) -m benchmarks op
 
 # Whole networks, by the side of the same without BatchNorm, and of mmcv's way to freeze it.
 bench-model: build
 	$(PIP) mmcv-lite
-	$(RUN) -m benchmarks.bench_model
+	$(RUN) -m benchmarks model
 
 # Memory traffic of the CUDA kernels and their peers, counted without a GPU.
 roofline: build
-	$(RUN) -m benchmarks.roofline
+	$(RUN) -m benchmarks roofline
 
 # Registers, occupancy and access widths, read off the compiled kernels.
 compiled: build

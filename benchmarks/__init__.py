@@ -1,1 +1,1 @@
-"""Benchmarks and the demo: ``python -m benchmarks.<name>``."""
+"""Benchmarks: ``python -m benchmarks``; the demo, and more: ``python -m benchmarks.<name>``."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 
@@ -22,14 +22,17 @@ from torchvision.transforms.v2.functional import rotate
 
 import frozen_bn
 
-from .measure import equal_tensors
-
 WAYS = LIVE, NAIVE, FROZEN = "live BN", "bn.eval(), then model.train()", "convert_frozen_bn"
 
 SEEDS = (0, 1, 2)
 PRETRAINING, FINE_TUNING = 1000, 200  # images; the rest is for testing
 EPOCHS = 3
 FINE_TUNING_LR = 2e-4
+
+
+def equal_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> int:
+    """How many of the tensors in ``a`` are the same in ``b``, bit for bit."""
+    return sum(torch.equal(a[name], b[name]) for name in a)
 
 
 class Block(nn.Module):

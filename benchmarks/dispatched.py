@@ -15,9 +15,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import peers
-from .bench_op import DTYPES, Case, random_tensor
-from .traffic import Pass, contenders, has_residual
+from .cases import Case, Contender, Problem, Setup
+from .traffic import COUNTED, Pass, contenders
 
 
 @dataclass(frozen=True)
@@ -101,31 +100,23 @@ def _backward(output: Tensor, grad: Tensor) -> None:
                     ready.append(successor)
 
 
-def dispatch(
-    case: Case, contender: Callable[[peers.Problem], peers.Contender]
-) -> dict[Pass, Dispatched]:
+def dispatch(case: Case, contender: Callable[[Problem], Contender]) -> dict[Pass, Dispatched]:
     """Runs a peer forward and backward on fake CUDA tensors; the vectors are constants."""
-    device = torch.device("cuda")
     with FakeTensorMode():
-        vectors = peers.Affine.random(case.shape[1], device)
-        function = contender(peers.Problem(vectors, DTYPES[case.dtype], case.operation))
-        input = random_tensor(case, device).requires_grad_()
-        residual = None
-        if has_residual(case):
-            residual = random_tensor(case, device).requires_grad_()
-        grad = random_tensor(case, device)
+        setup = Setup(case, torch.device("cuda"))
+        function = contender(setup.problem)
         with _Operators() as operators:
-            output = function(input, residual)
+            output = function(setup.input, setup.residual)
             forward = operators.taken()
             with torch.no_grad():
-                _backward(output, grad)
+                _backward(output, setup.grad)
             return {"forward": forward, "backward": operators.taken()}
 
 
 def dispatch_peers(case: Case) -> dict[str, dict[Pass, Dispatched]]:
     """By peer and pass."""
 
-    def maker(name: str) -> Callable[[peers.Problem], peers.Contender]:
+    def maker(name: str) -> Callable[[Problem], Contender]:
         return lambda problem: contenders(problem)[name]
 
-    return {name: dispatch(case, maker(name)) for name in peers.PEERS}
+    return {name: dispatch(case, maker(name)) for name in COUNTED}

@@ -1,32 +1,35 @@
 """``python -m benchmarks.gpu_check``: everything that needs a GPU, in one go, and one report file.
 
 Every test on ``cuda``; streams, graphs and devices (tests/test_cuda.py); compute-sanitizer where it
-is installed; ``benchmarks.bench_op`` with CUDA events, its times over the modelled ones.
+is installed; ``python -m benchmarks all --device cuda``, whose tables are in the report; its times
+over the modelled ones, and launches that the profiler saw beside those that were counted.
 Exits with 0 if all passed, 1 if something failed, 2 where there is no GPU or no CUDA half.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from frozen_bn import ops
 
-from . import bench_op, op_report, peers, traffic
-from .traffic import Pass
+from . import dispatched, peers, rows, traffic
+from .cases import QUICK_SHAPES, Case, Contender, Setup, every_case
+from .rows import Row
+from .tables import Table, geometric_mean, spread
+from .timing import Quantiles
 
 ROOT = Path(__file__).parents[1]
 TAIL_LINES = 40
@@ -34,10 +37,8 @@ TAIL_LINES = 40
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 #: Each runs its kernels tens of times more slowly: only the test that goes through all of them.
 SANITIZED = ("tests/test_cuda.py", "-k", "every_kernel")
-MODES: dict[str, tuple[Pass, ...]] = {
-    "forward": ("forward",),
-    "forward+backward": ("forward", "backward"),
-}
+#: Of ours, forward and backward, with a frozen affine: tests/test_roofline.py.
+OUR_LAUNCHES = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,6 @@ class Step:
     outcome: Literal["passed", "failed", "skipped"]
     seconds: float
     output: str  # the end of it, or the reason
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One row of the benchmark; times in seconds."""
-
-    name: str
-    mode: str
-    measured: float
-    modelled: float | None
-    fastest_peer: float
-
-    @property
-    def ratio(self) -> float | None:
-        return self.measured / self.modelled if self.modelled else None
 
 
 def run(name: str, command: Sequence[str], extra: Mapping[str, str] | None = None) -> Step:
@@ -115,80 +101,87 @@ def peak_bandwidth(memory_clock_khz: int, bus_bits: int) -> float | None:
     return memory_clock_khz * 1e3 * 2 * bus_bits / 8 or None
 
 
-def measured_rows(
-    rows: Sequence[Mapping[str, Any]], cases: Sequence[bench_op.Case], bandwidth: float | None
-) -> list[Measured]:
-    """Of the JSON that ``bench_op`` saves. Modelled: the unavoidable bytes at peak bandwidth."""
-    by_name = {case.name: case for case in cases}
-    result = []
-    for row in rows:
-        case = by_name.get(row["name"])
-        if case is None or row["mode"] not in MODES:
-            continue
-        medians = {name: timing["median"] for name, timing in row["seconds"].items()}
-        needed = sum(
-            traffic.unavoidable_bytes(case, which, case.shape) for which in MODES[row["mode"]]
-        )
-        result.append(
-            Measured(
-                case.name,
-                row["mode"],
-                medians[peers.OURS],
-                needed / bandwidth if bandwidth else None,
-                min(medians[name] for name in peers.PEERS),
-            )
-        )
-    return result
+def over_model(found: Sequence[Row], bandwidth: float | None) -> Table:
+    """Ours, of the rows of ``benchmarks op``. Modelled: unavoidable bytes at peak bandwidth."""
+    title = (
+        "frozen_bn: measured medians of CUDA events, and modelled: the unavoidable bytes at the "
+        "peak bandwidth. Small layers stay in the L2 cache, where they can be faster than that, or "
+        "are bound by their launches, where they are slower"
+    )
+    headings = ("layer", "mode", "measured us", "modelled us", "measured/modelled")
+    table = Table(title, (*headings, "fastest peer/frozen_bn"))
+    ratios: dict[str, list[Quantiles]] = {}
+    for line in rows.lines(found, "op"):
+        ours = line.rows[peers.OURS]
+        if ours.unavoidable_bytes is None or ours.seconds is None:
+            continue  # in place
+        modelled, ratio = "-", "-"
+        if bandwidth:
+            least = ours.unavoidable_bytes / bandwidth
+            over = Quantiles(*(figure / least for figure in vars(ours.seconds).values()))
+            ratios.setdefault(ours.mode, []).append(over)
+            modelled, ratio = f"{least * 1e6:.1f}", spread(over)
+        faster = spread(line.fastest_peer.ratios[peers.OURS].inverse())
+        measured = f"{ours.median * 1e6:.1f}"
+        table.cells.append((ours.name, ours.mode, measured, modelled, ratio, faster))
+    for mode, of_mode in ratios.items():
+        mean = spread(geometric_mean(of_mode))
+        table.cells.append(("geometric mean", mode, "", "", mean, ""))
+    return table
 
 
-def run_benchmark(quick: bool) -> tuple[Step, list[Measured]]:
-    properties = torch.cuda.get_device_properties(0)
-    bandwidth = peak_bandwidth(properties.memory_clock_rate, properties.memory_bus_width)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "benchmarks.bench_op", "--device", "cuda"]
-        command += ["--json", str(file), *(["--quick"] if quick else [])]
-        step = run("benchmark", command)
-        rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    return step, measured_rows(rows, bench_op.cases(bench_op.SHAPES, ()), bandwidth)
+def seen_launches(setup: Setup, contender: Contender) -> int:
+    """Kernels and copies, forward and backward, that the profiler sees on the GPU."""
+    setup.full(contender)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        setup.full(contender)
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
-def _benchmark_section(rows: Sequence[Measured]) -> list[str]:
-    lines = [
-        "## Measured and modelled",
-        "",
-        "Medians of CUDA events, microseconds. Modelled: the unavoidable bytes at the peak "
-        "bandwidth. Small layers stay in the L2 cache, where they can be faster than that, or are "
-        "bound by their launches, where they are slower.",
-        "",
-        "| layer | mode | measured | modelled | measured/modelled | fastest peer/ours |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        modelled = "-" if row.modelled is None else f"{row.modelled * 1e6:.1f}"
-        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-        lines.append(
-            f"| {row.name} | {row.mode} | {row.measured * 1e6:.1f} | {modelled} | {ratio} "
-            f"| {row.fastest_peer / row.measured:.2f} |"
-        )
-    for mode in MODES:
-        ratios = [row.ratio for row in rows if row.mode == mode and row.ratio is not None]
-        if ratios:
-            mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
-            lines.append(f"\n{mode}: measured/modelled, geometric mean {mean:.2f}")
-    return lines
+def launches_table(seen: Mapping[Case, Mapping[str, int]]) -> Table:
+    """Beside what ours should launch, and what torch dispatches for the peers."""
+    names = (peers.OURS, *traffic.COUNTED)
+    title = "launches, forward + backward: measured by the profiler / modelled"
+    table = Table(title, ("layer", *names))
+    for case, of in seen.items():
+        modelled = {peers.OURS: sum(OUR_LAUNCHES)}
+        for name, passes in dispatched.dispatch_peers(case).items():
+            modelled[name] = sum(one.launches for one in passes.values())
+        table.cells.append((case.name, *(f"{of[name]} / {modelled[name]}" for name in names)))
+    return table
+
+
+def see_launches() -> dict[Case, dict[str, int]]:
+    found: dict[Case, dict[str, int]] = {}
+    for case in (c for c in every_case(QUICK_SHAPES) if c.dtype == "fp16"):
+        setup = Setup(case, torch.device("cuda"))
+        contenders = peers.contenders(setup.problem)
+        names = (peers.OURS, *traffic.COUNTED)
+        found[case] = {name: seen_launches(setup, contenders[name]) for name in names}
+    return found
+
+
+def run_benchmark(quick: bool, file: Path) -> tuple[Step, list[Row], str]:
+    """Its rows, and its tables in Markdown."""
+    command = [sys.executable, "-m", "benchmarks", "all", "--device", "cuda", "--json", str(file)]
+    step = run("benchmark", command + ["--quick"] * quick)
+    if not file.exists():
+        return step, [], ""
+    return step, rows.load(file), file.with_suffix(".md").read_text()
 
 
 def render(
-    environment: Mapping[str, object], steps: Sequence[Step], rows: Sequence[Measured]
+    environment: Mapping[str, object], steps: Sequence[Step], sections: Mapping[str, str]
 ) -> str:
     """The report, as Markdown."""
     lines = ["# frozen_bn on a GPU", ""]
     lines += [f"- {key}: {value}" for key, value in environment.items()]
     lines += ["", "| step | outcome | seconds |", "|---|---|---:|"]
     lines += [f"| {step.name} | {step.outcome} | {step.seconds:.0f} |" for step in steps]
-    if rows:
-        lines += ["", *_benchmark_section(rows)]
+    for title, text in sections.items():
+        lines += ["", f"## {title}", "", text]
     for step in steps:
         # A fence longer than any in the output.
         lines += ["", f"## {step.name}: {step.outcome}", "", "``````text", step.output, "``````"]
@@ -198,7 +191,7 @@ def render(
 def environment() -> dict[str, object]:
     properties = torch.cuda.get_device_properties(0)
     return {
-        **op_report.environment(),
+        **rows.environment("cuda"),
         "capability": f"{properties.major}.{properties.minor}",
         "gpus": torch.cuda.device_count(),
         "cuda": torch.version.cuda,
@@ -218,15 +211,24 @@ def why_not() -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=Path, default=Path("gpu-report.md"), metavar="FILE")
-    parser.add_argument("--quick", action="store_true", help="benchmark two small shapes only")
+    parser.add_argument("--quick", action="store_true", help="python -m benchmarks all --quick")
     options = parser.parse_args()
     if (reason := why_not()) is not None:
         print(f"gpu_check: nothing was checked: {reason}", file=sys.stderr)
         return 2
     steps = [*run_tests(), *run_sanitizers()]
-    benchmark, rows = run_benchmark(options.quick)
+    folder = options.report.resolve().parent / "gpu-report"
+    folder.mkdir(exist_ok=True)
+    benchmark, found, tables = run_benchmark(options.quick, folder / "all.json")
     steps.append(benchmark)
-    options.report.write_text(render(environment(), steps, rows))
+    properties = torch.cuda.get_device_properties(0)
+    bandwidth = peak_bandwidth(properties.memory_clock_rate, properties.memory_bus_width)
+    sections = {
+        "Measured and modelled": over_model(found, bandwidth).markdown(),
+        "Launches": launches_table(see_launches()).markdown(),
+        "Benchmarks": tables,
+    }
+    options.report.write_text(render(environment(), steps, sections))
     print(f"report: {options.report}")
     return 1 if any(step.outcome == "failed" for step in steps) else 0
 

@@ -1,10 +1,10 @@
-"""What ``benchmarks.bench_model`` times: the same network with its batch normalizations deleted,
+"""What whole networks are measured against: the same network with its batch normalizations deleted,
 frozen by other means, and frozen by this package."""
 
 from __future__ import annotations
 
 import copy
-import warnings
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
 
 import frozen_bn
 
+from .cases import Shape
+
 DELETED = "BN deleted"
 EVAL = "BN in eval()"
 TORCHVISION = "torchvision FrozenBN"
@@ -23,6 +25,20 @@ MMCV = "eval(), mmcv's trick"
 PLAIN = "frozen_bn"
 FUSED = "frozen_bn, fused"
 FOLDED = "frozen_bn, folded"
+
+#: timm's module does what torchvision's does, with the same operators.
+EXPLAINED = (
+    "A training step is forward, backward and SGD; the affine is frozen in all. BN deleted: the "
+    "network without its batch normalizations, the floor. fused: convert_frozen_bn(fuse=True); "
+    "folded: fold_conv=True. compiled: torch.compile of the network (of a detector's backbone)."
+)
+
+
+def role(name: str) -> str:
+    """``ours``, ``floor``, ``peer``, or ``beside``: compiled, which is no eager peer."""
+    if name in (PLAIN, FUSED, FOLDED):
+        return "ours"
+    return {DELETED: "floor", COMPILED: "beside"}.get(name, "peer")
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,8 @@ class Workload:
     detection: bool = False
 
     @property
-    def title(self) -> str:
-        return f"{self.name} {self.batch}x3x{self.size}x{self.size}"
+    def shape(self) -> Shape:
+        return self.batch, 3, self.size, self.size
 
 
 def _faster_rcnn() -> nn.Module:
@@ -118,6 +134,14 @@ def _scaled(net: nn.Module, images: Tensor) -> nn.Module:
     return net.train()
 
 
+def left_out(compiled: bool) -> dict[str, str]:
+    """Contenders that are not there, and why."""
+    reasons = {} if compiled else {COMPILED: "--no-compile"}
+    if importlib.util.find_spec("mmengine") is None:
+        reasons[MMCV] = "not installed: pip install mmcv-lite"
+    return reasons
+
+
 def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Module]:
     """The contenders, with the same weights, all in train mode but for what has to be in eval."""
     torch.manual_seed(0)
@@ -142,10 +166,8 @@ def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Modul
     }
     if compiled:
         nets[COMPILED] = _compiled(torchvision_net())
-    try:
+    if MMCV not in left_out(compiled):
         nets[MMCV] = _with_mmcv_trick(_in_eval_mode(copy.deepcopy(live)))
-    except ImportError:
-        warnings.warn("mmcv's trick is left out: pip install mmcv-lite", stacklevel=2)
     return nets
 
 

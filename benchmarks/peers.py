@@ -1,71 +1,53 @@
-"""What ``benchmarks.bench_op`` times: this package, what people use instead, and the floor."""
+"""What one layer is measured against: this package, what people use instead, and the floor."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
 
 import frozen_bn
 
-#: Takes the input and the residual (``None`` where the operation has none).
-Contender = Callable[[Tensor, Tensor | None], Tensor]
-Operation = Literal["plain", "relu", "residual+relu"]
+from .cases import Affine, Contender, Problem
 
-OURS = "ours"
+OURS = "frozen_bn"
 FLOOR = "floor"
-#: What a frozen batch norm is otherwise made of; "the fastest peer" is one of these.
-#: ``batch_norm`` is ``F.batch_norm(training=False)``.
-PEERS = ("torchvision", "batch_norm", "scale-shift")
-#: Overwrites its input in two or three passes; shown beside the peers, not counted among them.
+CUDNN_OFF = "batch_norm, cuDNN off"
+#: What a frozen batch norm is otherwise made of, run as it is: "the fastest peer" is one of these.
+#: ``batch_norm`` is ``F.batch_norm(training=False)``; cuDNN can be turned off where there is CUDA.
+PEERS = ("torchvision", "timm", "batch_norm", CUDNN_OFF, "detectron2")
+#: Shown beside the peers, not counted among them: the formula, compiled; live batch norm, which
+#: computes something else; what overwrites its input, in two or three passes or one.
+COMPILED = "formula, compiled"
+LIVE = "batch_norm, live"
 MUL_ADD_INPLACE = "x.mul_().add_()"
+INPLACE_ABN = "inplace-abn"
+
+EXPLAINED = (
+    "frozen_bn: frozen_bn.frozen_batch_norm. torchvision, timm: FrozenBatchNorm2d and "
+    "FrozenBatchNormAct2d, with buffers in the input's dtype, as model.half() leaves them (float32 "
+    "ones would give a float32 output). batch_norm: F.batch_norm(training=False), live: "
+    "training=True. detectron2: its scale-shift formula. compiled: torch.compile of that. floor: "
+    "one autograd node of plain torch operations that moves the unavoidable bytes, and computes "
+    "something else. Vectors are float32 constants; the input (and the residual) requires grad."
+)
 
 EPS = 1e-5
 _FLOOR_FACTOR = 0.75
 
 
-@dataclass(frozen=True)
-class Affine:
-    """The four vectors ``[C]``: constants all."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    @staticmethod
-    def random(channels: int, device: torch.device) -> Affine:
-        """Scales between 0.35 and 0.9: applied in place again and again, it stays finite."""
-
-        def uniform(low: float, high: float) -> Tensor:
-            return torch.empty(channels, device=device).uniform_(low, high)
-
-        return Affine(uniform(-1, 1), uniform(1, 2), uniform(0.5, 0.9), uniform(-1, 1))
-
-    def scale_shift(self) -> tuple[Tensor, Tensor]:
-        """``[1, C, 1, 1]`` each, in the dtype of the vectors, as detectron2 derives them."""
-        scale = self.weight * (self.running_var + EPS).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One layer: dtype of the data, vectors (always float32), and what follows the normalization.
-
-    ``inplace_followers`` makes the peers write ``y += residual`` and ``F.relu_(y)``, as
-    torchvision's ResNet does, instead of ``y + residual`` and ``F.relu(y)``.
-    """
-
-    affine: Affine
-    dtype: torch.dtype
-    operation: Operation
-    inplace_followers: bool = False
+def role(name: str) -> str:
+    """``ours``, ``floor``, ``peer``, or ``beside`` for what is none."""
+    return {OURS: "ours", FLOOR: "floor"}.get(name, "peer" if name in PEERS else "beside")
 
 
 class _Floor(torch.autograd.Function):
@@ -123,32 +105,70 @@ def _torchvision(problem: Problem) -> Callable[[Tensor], Tensor]:
     return module.to(affine.weight.device, problem.dtype)
 
 
-def _batch_norm(problem: Problem) -> Callable[[Tensor], Tensor]:
+def _timm(problem: Problem) -> Contender:
+    """Its activation is its own; only the residual has to come between."""
+    affine, sums = problem.affine, problem.operation not in ("plain", "relu")
+    module: nn.Module = FrozenBatchNormAct2d(
+        affine.weight.numel(),
+        EPS,
+        apply_act=problem.operation == "relu",
+        inplace=problem.inplace_followers,
+    )
+    module.load_state_dict(vars(affine))
+    module.to(affine.weight.device, problem.dtype)
+    return _followed(module, problem) if sums else lambda input, residual: module(input)
+
+
+def _batch_norm(problem: Problem, live: bool = False) -> Callable[[Tensor], Tensor]:
+    """``live``: of the batch's own statistics, and with running ones that change."""
     affine = problem.affine
+    statistics = [affine.running_mean, affine.running_var]
+    if live:
+        statistics = [vector.clone() for vector in statistics]
 
     def norm(input: Tensor) -> Tensor:
-        return F.batch_norm(
-            input,
-            affine.running_mean,
-            affine.running_var,
-            affine.weight,
-            affine.bias,
-            training=False,
-            eps=EPS,
-        )
+        return F.batch_norm(input, *statistics, affine.weight, affine.bias, training=live, eps=EPS)
 
     return norm
 
 
-def _scale_shift(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """detectron2's formula: float32 vectors, cast to the input's dtype after the arithmetic."""
+def _without_cudnn(function: Contender) -> Contender:
+    def contender(input: Tensor, residual: Tensor | None) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(input, residual)
+
+    return contender
+
+
+def scale_shift(affine: Affine) -> tuple[Tensor, Tensor]:
+    """``[1, C, 1, 1]`` each, in the dtype of the vectors, as detectron2 derives them."""
+    scale = affine.weight * (affine.running_var + EPS).rsqrt()
+    shift = affine.bias - affine.running_mean * scale
+    return scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+
+
+def _formula(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """detectron2's: float32 vectors, cast to the input's dtype after the arithmetic."""
     affine = problem.affine
 
     def norm(input: Tensor) -> Tensor:
-        scale, shift = affine.scale_shift()
+        scale, shift = scale_shift(affine)
         return input * scale.to(input.dtype) + shift.to(input.dtype)
 
     return norm
+
+
+def _compiled(function: Contender) -> Contender:
+    """On its own again for each problem. The backward pass can run more than once."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    torch._inductor.config.compile_threads = 1  # or it keeps other processes
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
+    torch._dynamo.reset()
+    compiled: Contender = torch.compile(function, fullgraph=True, dynamic=False)
+    return compiled
 
 
 def _with_our_signature(
@@ -182,7 +202,7 @@ def _mul_add_inplace(problem: Problem) -> Contender:
     relu = problem.operation != "plain"
 
     def contender(input: Tensor, residual: Tensor | None) -> Tensor:
-        scale, shift = affine.scale_shift()
+        scale, shift = scale_shift(affine)
         input.mul_(scale.to(input.dtype)).add_(shift.to(input.dtype))
         return F.relu_(input) if relu else input
 
@@ -194,19 +214,64 @@ def reference(problem: Problem) -> Contender:
     return _with_our_signature(frozen_bn.reference.frozen_batch_norm, problem)
 
 
-def _peers(problem: Problem) -> dict[str, Contender]:
-    makers = (_torchvision, _batch_norm, _scale_shift)
+def _inplace_abn(problem: Problem) -> Contender:
+    """Its function, in eval mode."""
+    library, affine = importlib.import_module("inplace_abn"), problem.affine
+    activation = "identity" if problem.operation == "plain" else "leaky_relu"
+
+    def contender(input: Tensor, residual: Tensor | None) -> Tensor:
+        vectors = (affine.weight, affine.bias, affine.running_mean, affine.running_var)
+        output: Tensor = library.inplace_abn(input, *vectors, False, 0.0, EPS, activation, 0.0)
+        return output
+
+    return contender
+
+
+@cache
+def left_out(device: str, compiled: bool) -> dict[str, str]:
+    """Contenders that are not there, and why."""
+    reasons = {}
+    if device != "cuda":
+        reasons[CUDNN_OFF] = "there is cuDNN on CUDA only"
+    if not compiled:
+        reasons[COMPILED] = "--no-compile"
+    if importlib.util.find_spec("inplace_abn") is None:
+        reasons[INPLACE_ABN] = "not installed"
+    return reasons
+
+
+def eager_peers(problem: Problem) -> dict[str, Contender]:
+    """What gives the same result, one operator after the other."""
+    batch_norm = _followed(_batch_norm(problem), problem)
     return {
-        name: _followed(make(problem), problem) for name, make in zip(PEERS, makers, strict=True)
+        "torchvision": _followed(_torchvision(problem), problem),
+        "timm": _timm(problem),
+        "batch_norm": batch_norm,
+        CUDNN_OFF: _without_cudnn(batch_norm),
+        "detectron2": _followed(_formula(problem), problem),
     }
 
 
-def contenders(problem: Problem) -> dict[str, Contender]:
-    """Ours, the floor and the peers, out of place."""
-    return {OURS: _ours(problem), FLOOR: _Floor.apply, **_peers(problem)}
+def _without(missing: dict[str, str], made: dict[str, Contender]) -> dict[str, Contender]:
+    return {name: contender for name, contender in made.items() if name not in missing}
+
+
+def contenders(problem: Problem, *, compiled: bool = False) -> dict[str, Contender]:
+    """Ours, the floor, the peers, and what is shown beside them: all out of place."""
+    missing = left_out(problem.affine.weight.device.type, compiled)
+    found = {OURS: _ours(problem), FLOOR: _Floor.apply, **eager_peers(problem)}
+    found[LIVE] = _followed(_batch_norm(problem, live=True), problem)
+    if compiled:
+        found[COMPILED] = _compiled(_followed(_formula(problem), problem))
+    return _without(missing, found)
 
 
 def inplace_contenders(problem: Problem) -> dict[str, Contender]:
     """Ours with ``inplace=True``; the peers, which cannot, with followers in place; mul_, add_."""
-    peers = _peers(replace(problem, inplace_followers=True))
-    return {OURS: _ours(problem, inplace=True), **peers, MUL_ADD_INPLACE: _mul_add_inplace(problem)}
+    missing = left_out(problem.affine.weight.device.type, False)
+    peers = eager_peers(replace(problem, inplace_followers=True))
+    found = {OURS: _ours(problem, inplace=True), **peers}
+    found[MUL_ADD_INPLACE] = _mul_add_inplace(problem)
+    if INPLACE_ABN not in missing and problem.dtype == torch.float32:
+        found[INPLACE_ABN] = _inplace_abn(problem)
+    return _without(missing, found)

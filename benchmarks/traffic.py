@@ -20,21 +20,17 @@ from torch import Tensor
 from frozen_bn.checks import Statistics
 from frozen_bn.pair import frozen_batch_norm_pair
 
-from . import bench_op, peers
-from .bench_op import DTYPES, LAYOUTS, Case, Shape, random_tensor
+from . import cases, peers
+from .cases import DTYPES, LAYOUTS, PAIR, Affine, Case, Contender, Problem, Setup, Shape
 
 #: Layers of ResNet-50 and Mask R-CNN.
 SHAPES: tuple[Shape, ...] = (
-    *bench_op.SHAPES,
+    *cases.SHAPES,
     (2, 64, 400, 608),  # Mask R-CNN, 800x1216: stem
     (2, 512, 100, 152),  # Mask R-CNN: res3
     (16, 256, 56, 56),  # ResNet-50: res2
     (16, 1024, 14, 14),  # ResNet-50: res4
 )
-
-#: An operation that ``bench_op`` does not time: the residual is normalized as well, in one kernel,
-#: as in a block that downsamples.
-PAIR: Any = "pair+relu"
 
 #: ``backward, affine`` also gives the gradients of the weight and the bias.
 Pass = Literal["forward", "backward", "backward, affine"]
@@ -53,6 +49,9 @@ MOST_INSTRUCTIONS = {
     (PAIR, "forward"): {"contiguous": 182, "channels_last": 213},
     (PAIR, "backward"): {"contiguous": 148, "channels_last": 182},
 }
+
+#: timm's module dispatches what torchvision's does.
+COUNTED = ("torchvision", "batch_norm", "detectron2")
 
 #: By the operators' argument names.
 WITH_VALUES = {"input", "residual", "output", "grad_output", "grad_input", "grad_residual"}
@@ -95,10 +94,6 @@ class Emulated:
         return (self.activations + self.partial_sums) * elements + self.vectors * channels
 
 
-def has_residual(case: Case) -> bool:
-    return case.operation in ("residual+relu", PAIR)
-
-
 def pair_cases(shapes: Iterable[Shape]) -> list[Case]:
     """Every dtype and layout on every shape."""
     return [Case(*kind, PAIR, s) for s in shapes for kind in itertools.product(DTYPES, LAYOUTS)]
@@ -107,7 +102,7 @@ def pair_cases(shapes: Iterable[Shape]) -> list[Case]:
 def unavoidable_bytes(case: Case, which: Pass, shape: Shape) -> int:
     """Each activation once, and a bit an element for the ReLU; no vectors ``[C]``."""
     # The residual is read forward, its gradient written backward.
-    tensors = 2 + has_residual(case) + (which == "backward, affine")  # which reads the input
+    tensors = 2 + case.has_residual + (which == "backward, affine")  # which reads the input
     numel = math.prod(shape)
     mask = 0 if case.operation == "plain" else math.ceil(numel / PACK)
     return tensors * numel * DTYPES[case.dtype].itemsize + mask
@@ -125,14 +120,15 @@ def emulated_shape(shape: Shape, layout: str, most: int) -> Shape:
     return 1, min(c, max(PACK, most // (h * w) // PACK * PACK)), h, w
 
 
-def contenders(problem: peers.Problem) -> dict[str, peers.Contender]:
-    """Those of ``peers``; of a pair, ours in one call and each peer as two of its layers."""
+def contenders(problem: Problem) -> dict[str, Contender]:
+    """Ours and ``COUNTED``; of a pair, ours in one call and each peer as two of its layers."""
     if problem.operation != PAIR:
-        return peers.contenders(problem)
+        made = peers.contenders(problem)
+        return {name: made[name] for name in (peers.OURS, *COUNTED)}
     device = problem.affine.weight.device
-    other = peers.Affine.random(problem.affine.weight.numel(), device)
-    sums = peers.contenders(replace(problem, operation="residual+relu"))
-    branches = peers.contenders(replace(problem, affine=other, operation="plain"))
+    other = Affine.random(problem.affine.weight.numel(), device)
+    sums = peers.eager_peers(replace(problem, operation="residual+relu"))
+    branches = peers.eager_peers(replace(problem, affine=other, operation="plain"))
     statistics = [Statistics(*vars(a).values(), peers.EPS) for a in (problem.affine, other)]
 
     def ours(input: Tensor, residual: Tensor) -> Tensor:
@@ -140,10 +136,10 @@ def contenders(problem: peers.Problem) -> dict[str, peers.Contender]:
             input, statistics[0], residual, statistics[1], activation="relu"
         )
 
-    def composed(name: str) -> peers.Contender:
+    def composed(name: str) -> Contender:
         return lambda input, residual: sums[name](input, branches[name](residual, None))
 
-    return {peers.OURS: ours, **{name: composed(name) for name in peers.PEERS}}
+    return {peers.OURS: ours, **{name: composed(name) for name in COUNTED}}
 
 
 @cache
@@ -209,24 +205,14 @@ def _summarise(case: Case, shape: Shape, launches: Iterable[Any]) -> Emulated:
 def emulate(emulator: Any, case: Case, shape: Shape, affine: bool = False) -> dict[Pass, Emulated]:
     """Runs the kernels, forward with gradients wanted and backward. ``affine``: those of weight and
     bias too."""
-    cut = Case(case.dtype, case.layout, case.operation, shape)
-    device = torch.device("cpu")
-    vectors = peers.Affine.random(shape[1], device)
-    if affine:
-        vectors.weight.requires_grad_()
-        vectors.bias.requires_grad_()
-    problem = peers.Problem(vectors, DTYPES[case.dtype], case.operation)
-    input = random_tensor(cut, device).requires_grad_()
-    residual = None
-    if has_residual(case):
-        residual = random_tensor(cut, device).requires_grad_()
-    wanted = [t for t in (input, residual, vectors.weight, vectors.bias) if t is not None]
-    wanted = [t for t in wanted if t.requires_grad]
+    cut = replace(case, shape=shape)
+    setup = Setup(cut, torch.device("cpu"), train_affine=affine)
+    ours = contenders(setup.problem)[peers.OURS]
     backward: Pass = "backward, affine" if affine else "backward"
     with _counting(emulator) as launches:
-        output = contenders(problem)[peers.OURS](input, residual)
+        output = ours(setup.input, setup.residual)
         counted: dict[Pass, Emulated] = {"forward": _summarise(case, shape, launches)}
         launches.clear()
-        torch.autograd.grad(output, wanted, random_tensor(cut, device))
+        setup.gradients(output)
         counted[backward] = _summarise(case, shape, launches)
     return counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -61,6 +62,13 @@ TIMM = {
     "xception41": {"relu": 8},
 }
 SIDES = {"inception_v3": 96, "maxvit_t": 224}
+
+
+@pytest.fixture(autouse=True)
+def collect() -> Iterator[None]:
+    """A fused module and its forward refer to each other, and these are gigabytes."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

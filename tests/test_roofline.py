@@ -17,9 +17,8 @@ import torch
 traffic = pytest.importorskip(
     "benchmarks.traffic", reason="needs rich and torchvision, and the repository's root as cwd"
 )
-bench_op = pytest.importorskip("benchmarks.bench_op")
+cases = pytest.importorskip("benchmarks.cases")
 dispatched = pytest.importorskip("benchmarks.dispatched")
-peers = pytest.importorskip("benchmarks.peers")
 
 MOST_ELEMENTS = 1 << 16
 MOST_SECTORS = 1.02
@@ -33,12 +32,12 @@ ODD_SHAPES = (
 SHAPES = {
     "residual+relu": (*traffic.SHAPES, *ODD_SHAPES),
     # A few: those of ResNet-50's and Mask R-CNN's blocks that downsample.
-    traffic.PAIR: (*traffic.SHAPES[2:3], *traffic.SHAPES[5:], *ODD_SHAPES),
+    cases.PAIR: (*traffic.SHAPES[2:3], *traffic.SHAPES[5:], *ODD_SHAPES),
 }
 KINDS = [
     (dtype, layout, operation, shape)
     for operation, shapes in SHAPES.items()
-    for dtype, layout, shape in itertools.product(bench_op.DTYPES, bench_op.LAYOUTS, shapes)
+    for dtype, layout, shape in itertools.product(cases.DTYPES, cases.LAYOUTS, shapes)
 ]
 
 
@@ -77,9 +76,9 @@ real_layers = pytest.mark.parametrize(
 
 def _passes(emulator, count, kind):
     """The forward, and both backward passes; a pair has only one, with a frozen affine."""
-    case = bench_op.Case(*kind)
+    case = cases.Case(*kind)
     passes = dict(count(emulator, case))
-    if case.operation != traffic.PAIR:
+    if case.operation != cases.PAIR:
         passes["backward, affine"] = count(emulator, case, True)["backward, affine"]
     return case, passes
 
@@ -142,10 +141,10 @@ def test_launches(emulator, count, kind):
 
 
 @pytest.mark.parametrize("operation", ["plain", "relu"])
-@pytest.mark.parametrize("layout", bench_op.LAYOUTS)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 512, 25, 38), (16, 2048, 7, 7)])
 def test_without_a_residual_no_activation_moves_twice(emulator, count, operation, layout, shape):
-    case = bench_op.Case("fp16", layout, operation, shape)
+    case = cases.Case("fp16", layout, operation, shape)
     for which, counted in count(emulator, case).items():
         needed = traffic.unavoidable_bytes(case, which, counted.shape)
         assert needed <= counted.activations <= MOST_SECTORS * needed
@@ -161,9 +160,9 @@ def test_a_large_shape_is_cut_where_the_access_pattern_does_not_show_it():
 
 
 def _peer(name: str, operation: str, dtype: str = "fp32"):
-    case = bench_op.Case(dtype, "contiguous", operation, (2, 64, 25, 38))
+    case = cases.Case(dtype, "contiguous", operation, (2, 64, 25, 38))
     passes = dispatched.dispatch_peers(case)[name]
-    numel, itemsize = math.prod(case.shape), bench_op.DTYPES[dtype].itemsize
+    numel, itemsize = math.prod(case.shape), cases.DTYPES[dtype].itemsize
     return {which: (round(p.bytes / numel / itemsize), p) for which, p in passes.items()}
 
 
@@ -195,13 +194,13 @@ def test_timm_dispatches_what_torchvision_does():
         ).to(problem.affine.weight.device, problem.dtype)
         return lambda input, residual: module(input)
 
-    case = bench_op.Case("fp16", "contiguous", "relu", (2, 64, 25, 38))
+    case = cases.Case("fp16", "contiguous", "relu", (2, 64, 25, 38))
     passes = dispatched.dispatch(case, contender)
     assert passes == dispatched.dispatch_peers(case)["torchvision"]
 
 
 def test_nothing_is_counted_that_launches_nothing():
-    case = bench_op.Case("fp32", "contiguous", "plain", (2, 64, 25, 38))
+    case = cases.Case("fp32", "contiguous", "plain", (2, 64, 25, 38))
     passes = dispatched.dispatch(
         case, lambda _: lambda input, residual: input.reshape(-1).detach().view(case.shape) + input
     )
@@ -212,7 +211,7 @@ def test_nothing_is_counted_that_launches_nothing():
 
 
 def test_an_expanded_operand_is_read_once():
-    case = bench_op.Case("fp32", "contiguous", "plain", (2, 64, 25, 38))
+    case = cases.Case("fp32", "contiguous", "plain", (2, 64, 25, 38))
     numel = math.prod(case.shape)
     passes = dispatched.dispatch(
         case,
@@ -223,7 +222,7 @@ def test_an_expanded_operand_is_read_once():
 
 
 def test_a_peer_of_a_pair_is_two_of_its_layers():
-    case = bench_op.Case("fp16", "contiguous", traffic.PAIR, (2, 64, 25, 38))
+    case = cases.Case("fp16", "contiguous", cases.PAIR, (2, 64, 25, 38))
     passes = dispatched.dispatch_peers(case)["batch_norm"]
     names = passes["forward"].operators
     assert len(names) == 4 and names[0] == names[1] and names[2:] == ("add", "relu")

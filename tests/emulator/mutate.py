@@ -120,11 +120,11 @@ def compare(emulator: runtime.Emulator, configuration: Configuration) -> None:
 def waste(emulator: runtime.Emulator) -> str | None:
     """A kernel that moves more than it need, or takes more instructions than it did."""
     sys.path.append(str(runtime.ROOT))
-    from benchmarks import bench_op, traffic
+    from benchmarks import cases, traffic
 
-    for layout in bench_op.LAYOUTS:
-        for operation in ("residual+relu", traffic.PAIR):
-            case = bench_op.Case("fp16", layout, operation, (16, 2048, 7, 7))
+    for layout in cases.LAYOUTS:
+        for operation in ("residual+relu", cases.PAIR):
+            case = cases.Case("fp16", layout, operation, (16, 2048, 7, 7))
             shape = traffic.emulated_shape(case.shape, layout, 1 << 16)
             for which, counted in traffic.emulate(emulator, case, shape).items():
                 needed = traffic.unavoidable_bytes(case, which, shape)

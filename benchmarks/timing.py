@@ -1,4 +1,4 @@
-"""Timing of several contenders side by side, so that what disturbs one disturbs all."""
+"""Time of several contenders side by side, so that what disturbs one disturbs all; peak memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -34,34 +34,33 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Quantiles:
+    """The middle of some figures, and their 20 % and 80 % quantiles."""
+
+    median: float
+    q20: float
+    q80: float
+
+    @staticmethod
+    def of(figures: Iterable[float]) -> Quantiles:
+        figures = list(figures)
+        low, *_, high = statistics.quantiles(figures, n=5, method="inclusive")
+        return Quantiles(statistics.median(figures), low, high)
+
+    def inverse(self) -> Quantiles:
+        return Quantiles(1 / self.median, 1 / self.q80, 1 / self.q20)
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds per call of one contender: one figure a round."""
 
     rounds: tuple[float, ...]
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
-
-    @property
-    def low(self) -> float:
-        """The 20 % quantile."""
-        return self._quantile(0)
-
-    @property
-    def high(self) -> float:
-        """The 80 % quantile."""
-        return self._quantile(-1)
-
-    def _quantile(self, index: int) -> float:
-        return statistics.quantiles(self.rounds, n=5, method="inclusive")[index]
-
-    def ratio(self, other: Timing) -> float:
-        """The median over the rounds of this one's time over the other's in the same round.
-
-        Steadier than the ratio of the medians where the machine's speed drifts.
-        """
-        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
+    def over(self, other: Timing) -> Quantiles:
+        """This one's time over the other's in the same round: steadier than the ratio of the
+        medians where the machine's speed drifts."""
+        return Quantiles.of(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
 class OtherLoad:
@@ -93,13 +92,15 @@ class OtherLoad:
         return max(0.0, (end[0] - self._start[0]) / (end[1] - self._start[1]))
 
 
-def in_fork(function: Callable[[], Result]) -> Result:
-    """What ``function`` returns or raises, run in a fork of this process.
+def apart(function: Callable[[], Result], device: torch.device) -> Result:
+    """What ``function`` returns or raises, run in a fork of this process if it is for the CPU.
 
     Every fork finds the heap as it was, so that no row depends on the rows before it: where an
     earlier one has left a large hole, an output fits in there and skips the page faults that it
     costs otherwise. This process must not have run any parallel torch operation.
     """
+    if device.type != "cpu" or not hasattr(os, "fork"):
+        return function()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -133,6 +134,28 @@ def settle_allocator() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_bytes(program: Call, device: torch.device) -> int:
+    """How far memory rises above where it was while ``program`` runs: of the device's allocator on
+    CUDA, else of the process (0 where the system does not tell)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        program()
+        return torch.cuda.max_memory_allocated(device) - before
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return 0
+
+    def kibibytes(field: str) -> int:
+        return int(status.read_text().split(f"{field}:")[1].split()[0])
+
+    settle_allocator()
+    reset.write_text("5")  # the peak is counted from here
+    before = kibibytes("VmRSS")
+    program()
+    return (kibibytes("VmHWM") - before) * 1024
 
 
 def _seconds(call: Call, repetitions: int, device: torch.device) -> float:

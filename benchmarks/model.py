@@ -1,0 +1,61 @@
+"""Whole networks: a training step, a forward pass without gradients, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from frozen_bn.report import saved_bytes
+
+from .cases import LAYOUTS
+from .model_peers import Workload, loss_of, networks, role
+from .op import Settings
+from .rows import Row, timed
+from .timing import measure, peak_bytes
+
+STEP, NO_GRAD = "step", "no-grad"
+
+
+def _step(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
+def bench(
+    workload: Workload, layout: str, settings: Settings, wanted: Collection[str]
+) -> list[Row]:
+    """Every contender on one network in one layout. ``wanted``: "model", "memory" or both."""
+    nets = networks(workload, compiled=settings.compiled)
+    problem = workload.name, "fp32", layout, workload.shape
+    losses, steps, rows = {}, {}, []
+    for name, net in nets.items():
+        net.to(settings.device, memory_format=LAYOUTS[layout])
+        losses[name] = loss_of(net, workload, settings.device)
+        steps[name] = _step(net, losses[name])
+        steps[name]()  # compiles, and lets the first momentum of things settle
+        if "memory" in wanted:
+            saved = saved_bytes(net, losses[name])
+            peak = peak_bytes(steps[name], settings.device)
+            key = {"mode": STEP, "contender": name, "role": role(name)}
+            rows.append(Row("memory", *problem, **key, saved_bytes=saved, peak_bytes=peak))
+    if "model" in wanted:
+        timings = measure(steps, settings.plan, settings.device)
+        rows += timed(("model", *problem), STEP, timings, role)
+        calls = {name: partial(_without_gradients, loss) for name, loss in losses.items()}
+        timings = measure(calls, settings.plan, settings.device)
+        rows += timed(("model", *problem), NO_GRAD, timings, role)
+    return rows
+
+
+def _without_gradients(loss: Callable[[], Tensor]) -> None:
+    with torch.no_grad():
+        loss()
