@@ -61,7 +61,7 @@ def extensions() -> tuple[list, dict]:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     architectures = "none" if reason else os.environ["TORCH_CUDA_ARCH_LIST"]
     stable_abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and later
-    cxx = ["-std=c++20", "-O2", "-fvisibility=hidden", "-Wall", "-Wno-psabi", stable_abi]
+    cxx = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", stable_abi]
     jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
     facts = {
         "TORCH": torch.__version__,
@@ -71,7 +71,11 @@ def extensions() -> tuple[list, dict]:
     modules = [
         CppExtension(
             "frozen_bn._C",
-            ["csrc/frozen_bn.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+            [
+                "csrc/frozen_bn.cpp",
+                "csrc/calls.cpp",
+                *sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+            ],
             include_dirs=[pybind11.get_include()],
             define_macros=[(f"FROZEN_BN_BUILT_{k}", f'"{v}"') for k, v in facts.items()],
             extra_compile_args={"cxx": cxx},

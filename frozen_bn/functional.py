@@ -13,10 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import ops, reference
 from .checks import (
     ACTIVATIONS,
-    MASKED,
     SMOOTH,
     activation_code,
-    arithmetic_dtype,
     check_history,
     check_inplace,
 )
@@ -24,8 +22,7 @@ from .checks import (
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 if "cpu" in ops.live:
-    _forward = torch.ops.frozen_bn.forward.default
-    _backward = torch.ops.frozen_bn.backward.default
+    _forward, _backward = ops.forward, ops.backward
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
@@ -56,17 +53,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         kept = input if weight_gradient or smooth else None
         if inplace:
             ctx.mark_dirty(input)
-            output = input
-        else:
-            output = torch.empty_like(input)
-        # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
-        # buffers, nobody can change it in the meantime.
-        dtype = arithmetic_dtype(input)
-        coefficients = torch.empty((4, running_mean.numel()), dtype=dtype, device=input.device)
-        mask = None
-        if code in MASKED:
-            mask = input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
-        _forward(
+        output, coefficients, mask = _forward(
             input,
             running_mean,
             running_var,
@@ -76,9 +63,8 @@ class _FrozenBatchNorm(torch.autograd.Function):
             eps,
             code,
             negative_slope,
-            output,
-            coefficients,
-            mask,
+            inplace,
+            True,
         )
         ctx.save_for_backward(
             coefficients,
@@ -105,17 +91,12 @@ class _FrozenBatchNorm(torch.autograd.Function):
         coefficients, mask, input, residual, _, _ = ctx.saved_tensors
         code, negative_slope, strides, weight_dtype, bias_dtype, shares = ctx.plan
         needs_input, _, _, needs_residual, _ = ctx.needs_input_grad
-        grad_input = grad_weight = grad_bias = grad_residual = None
-        shape = grad_output.shape
-        if needs_input or mask is not None or (needs_residual and shares and code != 0):
-            grad_input = grad_output.new_empty_strided(shape, strides)
+        grad_weight = grad_bias = None
         if weight_dtype is not None:
-            grad_weight = grad_output.new_empty(shape[1], dtype=weight_dtype)
+            grad_weight = grad_output.new_empty(grad_output.shape[1], dtype=weight_dtype)
         if bias_dtype is not None:
-            grad_bias = grad_output.new_empty(shape[1], dtype=bias_dtype)
-        if needs_residual and not shares:
-            grad_residual = grad_output.new_empty_strided(shape, strides)
-        _backward(
+            grad_bias = grad_output.new_empty(grad_output.shape[1], dtype=bias_dtype)
+        grad_input, grad_residual = _backward(
             grad_output,
             coefficients,
             mask,
@@ -123,10 +104,11 @@ class _FrozenBatchNorm(torch.autograd.Function):
             residual,
             code,
             negative_slope,
-            grad_input,
             grad_weight,
             grad_bias,
-            grad_residual,
+            strides,
+            needs_input or mask is not None or (needs_residual and shares and code != 0),
+            needs_residual and not shares,
         )
         if needs_residual and shares:
             grad_residual = grad_output if code == 0 else grad_input
@@ -224,8 +206,7 @@ def _run(
                 )
         output: Tensor = _FrozenBatchNorm.apply(input, weight, bias, residual, constants)
         return output
-    output = input if inplace else torch.empty_like(input)
-    _forward(
+    output, _, _ = _forward(
         input,
         running_mean,
         running_var,
@@ -235,9 +216,8 @@ def _run(
         eps,
         code,
         negative_slope,
-        output,
-        None,
-        None,
+        inplace,
+        False,
     )
     if inplace:
         torch.autograd.graph.increment_version(input)

@@ -132,7 +132,111 @@ def _fake_backward(
     )
 
 
+#: A forward operator's output, and what its backward takes of it.
+Forward = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _results(input: Tensor, rows: int, code: int, inplace: bool, save: bool) -> Forward:
+    """Tensors that a forward operator fills: output, coefficients, mask."""
+    output = input if inplace else torch.empty_like(input)
+    if not save:
+        return output, None, None
+    # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
+    # buffers, nobody can change it in the meantime.
+    channels = input.shape[1] if input.dim() > 1 else 0
+    coefficients = input.new_empty((rows, channels), dtype=checks.arithmetic_dtype(input))
+    if code not in checks.MASKED:
+        return output, coefficients, None
+    return output, coefficients, input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def _forward(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    code: int,
+    negative_slope: float,
+    inplace: bool,
+    save: bool,
+) -> Forward:
+    statistics = (running_mean, running_var, weight, bias)
+    results = _results(input, checks.ROWS, code, inplace, save)
+    torch.ops.frozen_bn.forward.default(
+        input, *statistics, residual, eps, code, negative_slope, *results
+    )
+    return results
+
+
+def _forward_pair(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_eps: float,
+    code: int,
+    negative_slope: float,
+    inplace: bool,
+    save: bool,
+) -> Forward:
+    statistics = (running_mean, running_var, weight, bias, eps)
+    residual_statistics = (residual_mean, residual_var, residual_weight, residual_bias)
+    results = _results(input, checks.PAIR_ROWS, code, inplace, save)
+    torch.ops.frozen_bn.forward_pair.default(
+        input,
+        *statistics,
+        residual,
+        *residual_statistics,
+        residual_eps,
+        code,
+        negative_slope,
+        *results,
+    )
+    return results
+
+
+def _backward(
+    grad_output: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    input: Tensor | None,
+    residual: Tensor | None,
+    code: int,
+    negative_slope: float,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    strides: tuple[int, ...],
+    with_grad_input: bool,
+    with_grad_residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    def gradient(wanted: bool) -> Tensor | None:
+        return grad_output.new_empty_strided(grad_output.shape, strides) if wanted else None
+
+    grad_input, grad_residual = gradient(with_grad_input), gradient(with_grad_residual)
+    saved = (coefficients, mask, input, residual)
+    gradients = (grad_input, grad_weight, grad_bias, grad_residual)
+    torch.ops.frozen_bn.backward.default(grad_output, *saved, code, negative_slope, *gradients)
+    return grad_input, grad_residual
+
+
 if "cpu" in live:
+    from ._C import calling
+
     torch.library.register_fake("frozen_bn::forward")(_fake_forward)
     torch.library.register_fake("frozen_bn::forward_pair")(_fake_forward_pair)
     torch.library.register_fake("frozen_bn::backward")(_fake_backward)
+
+    # The operators on tensors made for their results (see csrc/calls.cpp).
+    forward = calling("forward", _forward)
+    forward_pair = calling("forward_pair", _forward_pair)
+    backward = calling("backward", _backward)

@@ -12,11 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import ops, reference
 from .checks import (
     ACTIVATIONS,
-    MASKED,
-    PAIR_ROWS,
     SMOOTH,
     Statistics,
-    arithmetic_dtype,
     check_forward,
     check_history,
     check_inplace,
@@ -24,8 +21,7 @@ from .checks import (
 from .functional import _code, _is_batched, _shares_storage, _takes_plain_path, frozen_batch_norm
 
 if "cpu" in ops.live:
-    _forward_pair = torch.ops.frozen_bn.forward_pair.default
-    _backward = torch.ops.frozen_bn.backward.default
+    _forward_pair, _backward = ops.forward_pair, ops.backward
 
 #: What no gradient flows to: both statistics, activation code, negative_slope, inplace.
 _Constants = tuple[Statistics, Statistics, int, float, bool]
@@ -40,25 +36,15 @@ class _FrozenBatchNormPair(torch.autograd.Function):
         statistics, residual_statistics, code, negative_slope, inplace = constants
         if inplace:
             ctx.mark_dirty(input)
-            output = input
-        else:
-            output = torch.empty_like(input)
-        dtype = arithmetic_dtype(input)
-        channels = statistics[0].numel()
-        coefficients = torch.empty((PAIR_ROWS, channels), dtype=dtype, device=input.device)
-        mask = None
-        if code in MASKED:
-            mask = input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
-        _forward_pair(
+        output, coefficients, mask = _forward_pair(
             input,
             *statistics,
             residual,
             *residual_statistics,
             code,
             negative_slope,
-            output,
-            coefficients,
-            mask,
+            inplace,
+            True,
         )
         branches = (input, residual) if code in SMOOTH else (None, None)
         ctx.save_for_backward(coefficients, mask, *branches)
@@ -84,12 +70,7 @@ class _FrozenBatchNormPair(torch.autograd.Function):
                 negative_slope,
             )
             return grad_input if needs_input else None, grad_residual, None
-        grad_input = grad_residual = None
-        if needs_input or mask is not None:  # the mask is in the order of its storage
-            grad_input = grad_output.new_empty_strided(grad_output.shape, strides)
-        if needs_residual:
-            grad_residual = grad_output.new_empty_strided(grad_output.shape, strides)
-        _backward(
+        grad_input, grad_residual = _backward(
             grad_output,
             coefficients,
             mask,
@@ -97,10 +78,11 @@ class _FrozenBatchNormPair(torch.autograd.Function):
             residual,
             code,
             negative_slope,
-            grad_input,
             None,
             None,
-            grad_residual,
+            strides,
+            needs_input or mask is not None,  # the mask is in the order of its storage
+            needs_residual,
         )
         return grad_input if needs_input else None, grad_residual, None
 
@@ -122,17 +104,15 @@ def _run(input: Tensor, residual: Tensor, constants: _Constants) -> Tensor:
                 return input.copy_(_FrozenBatchNormPair.apply(source, residual, constants))
         result: Tensor = _FrozenBatchNormPair.apply(input, residual, constants)
         return result
-    output = input if inplace else torch.empty_like(input)
-    _forward_pair(
+    output, _, _ = _forward_pair(
         input,
         *statistics,
         residual,
         *residual_statistics,
         code,
         negative_slope,
-        output,
-        None,
-        None,
+        inplace,
+        False,
     )
     if inplace:
         torch.autograd.graph.increment_version(input)

@@ -23,7 +23,7 @@ struct PartialPack {
 };
 
 void write_partial_mask(uint8_t* mask, int64_t i, int64_t n, const uint8_t* bits) {
-  if (mask) std::memcpy(mask + i / 8, bits, (n + 7) / 8);
+  if (mask) std::memcpy(mask + (i >> 3), bits, (n + 7) / 8);
 }
 
 template <class T>
@@ -92,7 +92,7 @@ struct ForwardBody {
     if constexpr (needs_mask(kAct)) {
       if (mask) {
         const MaskBits bits = to_bits(blocked<kAct>(z));
-        std::memcpy(mask + i / 8, &bits, sizeof(bits));
+        std::memcpy(mask + (i >> 3), &bits, sizeof(bits));
       }
     }
     return activate<kAct>(z, negative_slope);
@@ -260,7 +260,7 @@ struct BackwardBody {
       g *= derivative<kAct>(preactivation<S, kPair>(x, r, k));
     } else if constexpr (needs_mask(kAct)) {
       MaskBits bits;
-      std::memcpy(&bits, mask + i / 8, sizeof(bits));
+      std::memcpy(&bits, mask + (i >> 3), sizeof(bits));
       const Vec<T> attenuated = kAct == Activation::kLeakyRelu ? g * negative_slope : zero;
       g = select<T>(bits, attenuated, g);
     }
@@ -273,7 +273,7 @@ struct BackwardBody {
     PartialPack<S> dy(grad_output, i, n), x(input, i, n), r(residual, i, n);
     PartialPack<S> dx(nullptr, 0, 0), dr(nullptr, 0, 0);
     uint8_t bits[2] = {};
-    if (mask) std::memcpy(bits, mask + i / 8, (n + 7) / 8);
+    if (mask) std::memcpy(bits, mask + (i >> 3), (n + 7) / 8);
     BackwardBody{
         dy.values,
         bits,

@@ -141,14 +141,16 @@ void compute_coefficients(const ForwardArguments& a, int64_t channels, T* rows) 
 }
 
 // How often the coefficients repeat along the storage, in elements; 0 where the kernels take them
-// straight from the rows. A short period is repeated until it is a multiple of the pack.
+// straight from the rows. A short period is repeated until it is a multiple of the pack, and a
+// large tensor is not slowed down by starting over all the time.
 int64_t spread_period(const Layout& layout) {
   if (layout.inner >= kMinInner || layout.numel == 0) return 0;
-  constexpr int64_t kShortPeriod = 4 * kMaxLanes, kLongestRepeated = 4096;
+  constexpr int64_t kLongestRepeated = 4096;
+  const int64_t short_period = std::clamp(layout.numel / 64, 4 * kMaxLanes, 64 * kMaxLanes);
   const int64_t period = layout.inner * layout.channels;
   int64_t repeated = std::lcm(period, kMaxLanes);
   if (repeated > kLongestRepeated) return period;
-  while (repeated < kShortPeriod) repeated *= 2;
+  while (repeated < short_period) repeated *= 2;
   return repeated;
 }
 
@@ -172,14 +174,17 @@ class KernelCoefficients {
   }
 
  private:
+  // One round of the channels, as often as it fits. Each channel is written kMinInner times, which
+  // takes no loop (and stays within stride_); the next one begins after `inner`.
   const T* spread(const T* row, const Layout& layout, T* to) const {
+    const int64_t round = layout.inner * layout.channels;
     T* out = to;
-    T* const end = to + stride_;
-    while (out < end) {
-      for (int64_t c = 0; c < layout.channels && out < end; ++c) {
-        const int64_t run = std::min<int64_t>(layout.inner, end - out);
-        out = std::fill_n(out, run, row[c]);
-      }
+    for (int64_t c = 0; c < layout.channels; ++c, out += layout.inner) {
+      const T value = row[c];
+      for (int64_t k = 0; k < kMinInner; ++k) out[k] = value;
+    }
+    for (int64_t done = round; done < stride_; done *= 2) {
+      std::copy_n(to, std::min(done, stride_ - done), to + done);
     }
     return to;
   }

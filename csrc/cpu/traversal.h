@@ -136,7 +136,7 @@ FROZEN_BN_INLINE void traverse_spread(Coefficients rows, int64_t begin, int64_t 
       }
     }
     for (; i <= stop; i += kLanes) body(i, i + ahead, coefficients(i + ahead));
-    slot = (i + ahead) % period;
+    slot = i + ahead - (i + ahead >= period ? period : 0);
     if (periods % kPeriodsPerSum == 0) body.flush(0);
   }
   if (i < end) body.partial(i, end - i, slot, coefficients(slot));
