@@ -80,7 +80,14 @@ struct ForwardBody {
   template <class Slot>
   FROZEN_BN_INLINE void two(int64_t i, Slot, const Lanes& k, Slot, const Lanes& k2) const {
     const Vec<T> z = before(i, k), z2 = before(i + kLanes, k2);
-    store_two(output + i, finish(i, z), finish(i + kLanes, z2), stream);
+    if constexpr (needs_mask(kAct)) {
+      if (mask) {
+        const TwoMaskBits bits = both(to_bits(blocked<kAct>(z)), to_bits(blocked<kAct>(z2)));
+        std::memcpy(mask + (i >> 3), &bits, sizeof(bits));
+      }
+    }
+    const Vec<T> y = activate<kAct>(z, negative_slope), y2 = activate<kAct>(z2, negative_slope);
+    store_two(output + i, y, y2, stream);
   }
 
   FROZEN_BN_INLINE Vec<T> before(int64_t i, const Lanes& k) const {

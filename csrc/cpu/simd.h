@@ -179,6 +179,12 @@ FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, BFloat16*) {
 // Lane k as bit k, and back.
 using MaskBits = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
 
+// Of a pack and the next, to be stored at once.
+using TwoMaskBits = std::conditional_t<kLanes == 16, uint32_t, uint16_t>;
+FROZEN_BN_INLINE TwoMaskBits both(MaskBits first, MaskBits second) {
+  return static_cast<TwoMaskBits>(first | static_cast<uint32_t>(second) << kLanes);
+}
+
 template <class Mask>
 FROZEN_BN_INLINE auto to_bits(Mask mask) -> decltype(mask[0], MaskBits{}) {
   MaskBits bits = 0;
@@ -230,13 +236,14 @@ FROZEN_BN_INLINE void store(Storage* to, Vec<acc_t<Storage>> pack, bool stream) 
 
 // Two packs of this type are stored in fewer instructions together than apart.
 template <class Storage>
-constexpr bool kPaired = FROZEN_BN_CPU_LEVEL == 3 && std::is_same_v<Storage, BFloat16>;
+constexpr bool kPaired = (FROZEN_BN_CPU_LEVEL == 3 && std::is_same_v<Storage, BFloat16>) ||
+                         (FROZEN_BN_CPU_LEVEL >= 2 && std::is_same_v<Storage, Half>);
 
 template <class Storage>
 FROZEN_BN_INLINE void store_two(
     Storage* to, Vec<acc_t<Storage>> first, Vec<acc_t<Storage>> second, bool stream) {
 #if FROZEN_BN_CPU_LEVEL == 3
-  if constexpr (kPaired<Storage>) {
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
     if (!stream && _kortestz_mask16_u8(subnormal(first), subnormal(second))) [[likely]] {
       const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
       std::memcpy(to, &both, sizeof(both));

@@ -38,6 +38,9 @@ struct LaneCoefficients {
 constexpr int64_t kPacksPerSum = 64;
 constexpr int64_t kPeriodsPerSum = 2;
 
+// Shorter runs of a channel (maps up to 10x10) are not worth the loops of longer ones.
+constexpr int64_t kLongRun = 8 * kMaxLanes;
+
 // Lanes below `split` are of `channel`, the others of the `next`.
 struct PlanarSlot {
   int64_t channel;
@@ -82,15 +85,16 @@ FROZEN_BN_INLINE void traverse_planar(
   while (true) {
     const int64_t next = next_of(channel);
     const int64_t stop = std::min(boundary - kLanes, last);
-    while (i <= stop) {
+    const PlanarSlot slot{channel, next, kLanes};
+    while (inner >= kLongRun && i <= stop) {
       const int64_t block = std::min(stop, i + (kPacksPerSum - 1) * kLanes);
-      const PlanarSlot slot{channel, next, kLanes};
       if constexpr (Body::kTwo) {
         for (; i + kLanes <= block; i += 2 * kLanes) body.two(i, slot, k, slot, k);
       }
       for (; i <= block; i += kLanes) body(i, slot, k);
       if (i <= stop) body.flush(channel);
     }
+    for (; i <= stop; i += kLanes) body(i, slot, k);
     if (i > last) break;
     const auto k_next = coefficients(next);
     if (i < boundary) {
