@@ -174,14 +174,19 @@ class KernelCoefficients {
   }
 
  private:
-  // One round of the channels, as often as it fits. Each channel is written kMinInner times, which
-  // takes no loop (and stays within stride_); the next one begins after `inner`.
+  // One round of the channels, as often as it fits.
   const T* spread(const T* row, const Layout& layout, T* to) const {
     const int64_t round = layout.inner * layout.channels;
-    T* out = to;
-    for (int64_t c = 0; c < layout.channels; ++c, out += layout.inner) {
-      const T value = row[c];
-      for (int64_t k = 0; k < kMinInner; ++k) out[k] = value;
+    if (layout.inner == 1) {
+      std::copy_n(row, round, to);
+    } else {
+      // Each channel is written kMinInner times, which takes no loop (and stays within stride_);
+      // the next one begins after `inner`.
+      T* out = to;
+      for (int64_t c = 0; c < layout.channels; ++c, out += layout.inner) {
+        const T value = row[c];
+        for (int64_t k = 0; k < kMinInner; ++k) out[k] = value;
+      }
     }
     for (int64_t done = round; done < stride_; done *= 2) {
       std::copy_n(to, std::min(done, stride_ - done), to + done);
