@@ -113,10 +113,11 @@ def _check_like(op: str, name: str, tensor: Tensor | None, input: Tensor) -> Non
 
 
 def _check_not_expanded(op: str, name: str, tensor: Tensor) -> None:
-    expanded = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-    if expanded and tensor.numel() > 0:
-        strides = f"strides {list(tensor.stride())}"
-        raise fail(op, f"{name} not to be expanded in memory", strides)
+    strides = tensor.stride()
+    if 0 not in strides:
+        return
+    if any(s == 0 and n > 1 for s, n in zip(strides, tensor.shape, strict=True)) and tensor.numel():
+        raise fail(op, f"{name} not to be expanded in memory", f"strides {list(strides)}")
 
 
 def _check_internal(

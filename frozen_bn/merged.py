@@ -19,7 +19,7 @@ from .pair import frozen_batch_norm_pair
 
 def input_is_saved(bn: _FrozenBatchNorm, activation: str | None) -> bool:
     """Whether a backward pass reads the input, which then must not be overwritten."""
-    weight = bn.weight
+    _, _, weight, _ = bn._vectors()
     return activation_code(activation) in SMOOTH or (weight is not None and weight.requires_grad)
 
 

@@ -121,10 +121,7 @@ class _FrozenBatchNorm(nn.Module):
         self.check_rank(input)
         return frozen_batch_norm(
             input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
+            *self._vectors(),
             self.eps,
             activation=activation,
             negative_slope=negative_slope,
@@ -132,14 +129,28 @@ class _FrozenBatchNorm(nn.Module):
             inplace=inplace,
         )
 
+    def _vectors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        # nn.Module looks for an attribute in three places, which takes longer than all else here.
+        buffers: dict[str, Any] = self._buffers
+        try:
+            return (
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["weight"],
+                buffers["bias"],
+            )
+        except KeyError:  # trained, or parametrized
+            return self.running_mean, self.running_var, self.weight, self.bias
+
     def statistics(self) -> Statistics:
         """What it normalizes with."""
-        return Statistics(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return Statistics(*self._vectors(), self.eps)
 
     def trains_affine(self) -> bool:
         """Whether a gradient is wanted of weight or bias."""
+        _, _, weight, bias = self._vectors()
         return torch.is_grad_enabled() and any(
-            vector is not None and vector.requires_grad for vector in (self.weight, self.bias)
+            vector is not None and vector.requires_grad for vector in (weight, bias)
         )
 
     def check_rank(self, input: Tensor) -> None:
