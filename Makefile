@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
 .PHONY: build demo test sanitize dist wheel test-sdist checkstyle bench bench-model roofline compiled
-.PHONY: mutations gpu-check clean
+.PHONY: mutations coverage every-model gpu-check clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/.torch
 
@@ -67,6 +67,14 @@ compiled: build
 # Breaks the CUDA sources one way after the other: the tests have to notice (15 minutes).
 mutations: build
 	cd tests && $(abspath $(RUN)) -m emulator.mutate
+
+# Which lines of the package the tests go through, on the CPU: at least 95 % of them.
+coverage: build
+	$(PYTEST) -k 'not emulat' --cov=frozen_bn --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# Fusing every model of torchvision, not just one a family (20 minutes).
+every-model: build
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) tests/every_model.py
 
 # On a machine with a GPU: all tests there, and the benchmarks, into gpu-report.md.
 gpu-check: build

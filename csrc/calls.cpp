@@ -134,6 +134,12 @@ class Call {
     return true;
   }
 
+  bool push_if(bool wanted, OwnTensor made, pybind11::object& python) {
+    if (wanted) return push('o', std::move(made), python);
+    push('o', nullptr);
+    return true;
+  }
+
   // False if the operator failed.
   bool run(const char* op, bool release_gil) {
     size_ = 0;  // the dispatcher takes what was pushed
@@ -188,6 +194,19 @@ PyObject* call_forward(
       !dense_layout(like.dim, like.sizes, like.strides) || !call.push(kinds, arguments)) {
     return call_slow(slow, arguments, count);
   }
+  const bool masked = save && needs_mask(static_cast<Activation>(code));
+  OwnTensor made_coefficients, made_mask;
+  // Before the output: behind it, they would keep its place from being used again by the next call.
+  if (save) {
+    const int32_t type = like.dtype == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64()
+                                                                  : aoti_torch_dtype_float32();
+    const int64_t shape[] = {kCoefficientRows, like.sizes[1]}, strides[] = {like.sizes[1], 1};
+    made_coefficients = like.empty(2, shape, strides, type);
+  }
+  if (masked) {
+    const int64_t bytes = ceil_div(like.numel, 8), stride = 1;
+    made_mask = like.empty(1, &bytes, &stride, aoti_torch_dtype_uint8());
+  }
   pybind11::object output = pybind11::none(), coefficients = output, mask = output;
   if (inplace) {
     output = pybind11::reinterpret_borrow<pybind11::object>(arguments[0]);
@@ -195,23 +214,9 @@ PyObject* call_forward(
   } else if (!call.push('t', like.empty(like.dim, like.sizes, like.strides, like.dtype), output)) {
     return call_slow(slow, arguments, count);
   }
-  if (!save) {
-    call.push('o', nullptr);
-  } else {
-    const int32_t type = like.dtype == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64()
-                                                                  : aoti_torch_dtype_float32();
-    const int64_t shape[] = {kCoefficientRows, like.sizes[1]}, strides[] = {like.sizes[1], 1};
-    if (!call.push('o', like.empty(2, shape, strides, type), coefficients)) {
-      return call_slow(slow, arguments, count);
-    }
-  }
-  if (!save || !needs_mask(static_cast<Activation>(code))) {
-    call.push('o', nullptr);
-  } else {
-    const int64_t bytes = ceil_div(like.numel, 8), stride = 1;
-    if (!call.push('o', like.empty(1, &bytes, &stride, aoti_torch_dtype_uint8()), mask)) {
-      return call_slow(slow, arguments, count);
-    }
+  if (!call.push_if(save, std::move(made_coefficients), coefficients) ||
+      !call.push_if(masked, std::move(made_mask), mask)) {
+    return call_slow(slow, arguments, count);
   }
   if (!call.run(op, !like.on_cpu() || like.numel >= kReleaseElements)) {
     return call_slow(slow, arguments, count);
@@ -248,16 +253,14 @@ PyObject* backward(PyObject* slow, PyObject* const* arguments, Py_ssize_t count)
   for (int64_t d = 0; d < like.dim; ++d) {
     strides[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(given, d));
   }
-  const auto push_wanted = [&](PyObject* wanted, pybind11::object& result) {
-    if (wanted == Py_True) {
-      return call.push('o', like.empty(like.dim, like.sizes, strides, like.dtype), result);
-    }
-    call.push('o', nullptr);
-    return true;
+  const auto empty_if = [&](bool wanted) {
+    return wanted ? like.empty(like.dim, like.sizes, strides, like.dtype) : nullptr;
   };
+  const bool with_input = arguments[10] == Py_True, with_residual = arguments[11] == Py_True;
   pybind11::object grad_input = pybind11::none(), grad_residual = grad_input;
-  if (!push_wanted(arguments[10], grad_input) || !call.push("oo", arguments + 7) ||
-      !push_wanted(arguments[11], grad_residual)) {
+  if (!call.push_if(with_input, empty_if(with_input), grad_input) ||
+      !call.push("oo", arguments + 7) ||
+      !call.push_if(with_residual, empty_if(with_residual), grad_residual)) {
     return call_slow(slow, arguments, count);
   }
   if (!call.run("frozen_bn::backward", !like.on_cpu() || like.numel >= kReleaseElements)) {

@@ -138,16 +138,16 @@ Forward = tuple[Tensor, Tensor | None, Tensor | None]
 
 def _results(input: Tensor, rows: int, code: int, inplace: bool, save: bool) -> Forward:
     """Tensors that a forward operator fills: output, coefficients, mask."""
-    output = input if inplace else torch.empty_like(input)
-    if not save:
-        return output, None, None
-    # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
-    # buffers, nobody can change it in the meantime.
-    channels = input.shape[1] if input.dim() > 1 else 0
-    coefficients = input.new_empty((rows, channels), dtype=checks.arithmetic_dtype(input))
-    if code not in checks.MASKED:
-        return output, coefficients, None
-    return output, coefficients, input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
+    coefficients = mask = None
+    # Before the output: behind it, they would keep its place from being used again by the next call.
+    if save:
+        # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
+        # buffers, nobody can change it in the meantime.
+        channels = input.shape[1] if input.dim() > 1 else 0
+        coefficients = input.new_empty((rows, channels), dtype=checks.arithmetic_dtype(input))
+    if save and code in checks.MASKED:
+        mask = input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
+    return input if inplace else torch.empty_like(input), coefficients, mask
 
 
 def _forward(
