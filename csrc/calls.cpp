@@ -185,7 +185,8 @@ PyObject* call_forward(
   if (count != inputs + 2 || reinterpret_cast<PyObject*>(Py_TYPE(arguments[0])) != tensor_type) {
     return call_slow(slow, arguments, count);
   }
-  const bool inplace = arguments[inputs] == Py_True, save = arguments[inputs + 1] == Py_True;
+  const bool inplace = PyObject_IsTrue(arguments[inputs]) == 1;
+  const bool save = PyObject_IsTrue(arguments[inputs + 1]) == 1;
   const int64_t code = PyLong_AsLongLong(arguments[inputs - 2]);
   OwnTensor input = from_python(arguments[0]);
   Like like;
@@ -196,7 +197,7 @@ PyObject* call_forward(
   }
   const bool masked = save && needs_mask(static_cast<Activation>(code));
   OwnTensor made_coefficients, made_mask;
-  // Before the output: behind it, they would keep its place from being used again by the next call.
+  // Before the output: behind it, they would keep malloc from giving its place to the next call.
   if (save) {
     const int32_t type = like.dtype == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64()
                                                                   : aoti_torch_dtype_float32();
@@ -256,7 +257,8 @@ PyObject* backward(PyObject* slow, PyObject* const* arguments, Py_ssize_t count)
   const auto empty_if = [&](bool wanted) {
     return wanted ? like.empty(like.dim, like.sizes, strides, like.dtype) : nullptr;
   };
-  const bool with_input = arguments[10] == Py_True, with_residual = arguments[11] == Py_True;
+  const bool with_input = PyObject_IsTrue(arguments[10]) == 1;
+  const bool with_residual = PyObject_IsTrue(arguments[11]) == 1;
   pybind11::object grad_input = pybind11::none(), grad_residual = grad_input;
   if (!call.push_if(with_input, empty_if(with_input), grad_input) ||
       !call.push("oo", arguments + 7) ||

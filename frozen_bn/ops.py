@@ -139,7 +139,7 @@ Forward = tuple[Tensor, Tensor | None, Tensor | None]
 def _results(input: Tensor, rows: int, code: int, inplace: bool, save: bool) -> Forward:
     """Tensors that a forward operator fills: output, coefficients, mask."""
     coefficients = mask = None
-    # Before the output: behind it, they would keep its place from being used again by the next call.
+    # Before the output: behind it, they would keep malloc from giving its place to the next call.
     if save:
         # All that the backward needs of the channels, in the dtype of the arithmetic: unlike the
         # buffers, nobody can change it in the meantime.
