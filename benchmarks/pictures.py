@@ -50,8 +50,7 @@ def _where(rows: Sequence[Row]) -> str:
 
 def _save(figure: Figure, title: str, file: Path) -> Path:
     figure.suptitle(title, fontsize=11)
-    if figure.get_layout_engine() is None:
-        figure.tight_layout(h_pad=1.8)
+    figure.set_layout_engine("constrained", h_pad=0.1)  # leaves room for the title
     figure.savefig(file, dpi=130)
     return file
 
@@ -61,7 +60,7 @@ def speed(rows: Sequence[Row], file: Path) -> Path | None:
     sized = [row for row in rows if row.benchmark == "op" and row.shape in SIZES]
     if not sized:
         return None
-    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure = Figure(figsize=(11, 9))
     grid = figure.subplots(2, 2, sharex=True)
     for axes, mode in zip(grid.flat, MODES, strict=True):
         of_mode = [row for row in sized if row.mode == mode]
