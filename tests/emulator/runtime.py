@@ -288,24 +288,34 @@ class Emulator:
     def active(self) -> Iterator[Emulator]:
         """Within, ``frozen_bn`` runs CPU tensors through the emulated CUDA operators: all but
         float64, which has no kernels there."""
-        functional, pair = (
-            importlib.import_module(f"frozen_bn.{m}") for m in ("functional", "pair")
+        functional, pair, ops = (
+            importlib.import_module(f"frozen_bn.{m}") for m in ("functional", "pair", "ops")
         )
-        places = [
-            (functional, "_forward", self.forward),
-            (functional, "_backward", self.backward),
-            (pair, "_forward_pair", self.forward_pair),
-            (pair, "_backward", self.backward),
-        ]
-        before = [getattr(module, name) for module, name, _ in places]
 
         def unless_double(emulated: Any, own: Any) -> Any:
             return lambda *arguments: (own if arguments[0].dtype == torch.float64 else emulated)(
                 *arguments
             )
 
-        for (module, name, emulated), own in zip(places, before, strict=True):
-            setattr(module, name, unless_double(emulated, own))
+        places = [
+            # Not past Python, where the emulated operators are.
+            (functional, "_forward", ops._forward),
+            (functional, "_backward", ops._backward),
+            (pair, "_forward_pair", ops._forward_pair),
+            (pair, "_backward", ops._backward),
+            *(
+                (ops, name, unless_double(emulated, getattr(ops, name)))
+                for name, emulated in (
+                    ("_forward_operator", self.forward),
+                    ("_forward_pair_operator", self.forward_pair),
+                    ("_backward_operator", self.backward),
+                )
+            ),
+        ]
+        before = [getattr(module, name) for module, name, _ in places]
+
+        for module, name, replacement in places:
+            setattr(module, name, replacement)
         try:
             yield self
         finally:
