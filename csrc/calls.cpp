@@ -30,6 +30,15 @@ namespace {
 constexpr int64_t kReleaseElements = 32768;
 
 PyObject* tensor_type = nullptr;
+PyObject* count_modes = nullptr;
+
+// Whether nobody watches: a TorchDispatchMode has to see the tensors being made, too.
+bool is_plain(PyObject* tensor) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_type) return false;
+  const auto modes =
+      pybind11::reinterpret_steal<pybind11::object>(PyObject_CallNoArgs(count_modes));
+  return modes && PyLong_AsLong(modes.ptr()) == 0;
+}
 
 bool ok(AOTITorchError error) {
   return error == TORCH_SUCCESS;
@@ -168,11 +177,15 @@ class Call {
   int size_ = 0;
 };
 
-// Also after an operator has failed: it does so before it writes anything, and here its error comes
-// as the Python exception that it is.
 PyObject* call_slow(PyObject* slow, PyObject* const* arguments, Py_ssize_t count) {
   PyErr_Clear();
   return PyObject_Vectorcall(slow, arguments, count, nullptr);
+}
+
+// An operator fails before it writes anything, and here its error comes as the Python exception
+// that it is.
+PyObject* fail_slow(PyObject* slow, PyObject* const* arguments, Py_ssize_t count) {
+  return PyErr_Occurred() ? nullptr : call_slow(slow, arguments, count);
 }
 
 // What both forward operators have in common: their arguments are of `kinds`; after these Python
@@ -182,9 +195,7 @@ PyObject* call_forward(
     const char* op, const char* kinds, PyObject* slow, PyObject* const* arguments,
     Py_ssize_t count) {
   const Py_ssize_t inputs = static_cast<Py_ssize_t>(std::strlen(kinds));
-  if (count != inputs + 2 || reinterpret_cast<PyObject*>(Py_TYPE(arguments[0])) != tensor_type) {
-    return call_slow(slow, arguments, count);
-  }
+  if (count != inputs + 2 || !is_plain(arguments[0])) return call_slow(slow, arguments, count);
   const bool inplace = PyObject_IsTrue(arguments[inputs]) == 1;
   const bool save = PyObject_IsTrue(arguments[inputs + 1]) == 1;
   const int64_t code = PyLong_AsLongLong(arguments[inputs - 2]);
@@ -220,7 +231,7 @@ PyObject* call_forward(
     return call_slow(slow, arguments, count);
   }
   if (!call.run(op, !like.on_cpu() || like.numel >= kReleaseElements)) {
-    return call_slow(slow, arguments, count);
+    return fail_slow(slow, arguments, count);
   }
   return PyTuple_Pack(3, output.ptr(), coefficients.ptr(), mask.ptr());
 }
@@ -242,13 +253,12 @@ PyObject* backward(PyObject* slow, PyObject* const* arguments, Py_ssize_t count)
   int64_t strides[kMaxDimensions];
   Like like;
   Call call;
-  if (count != kArguments || reinterpret_cast<PyObject*>(Py_TYPE(arguments[0])) != tensor_type) {
-    return call_slow(slow, arguments, count);
-  }
+  if (count != kArguments || !is_plain(arguments[0])) return call_slow(slow, arguments, count);
   const OwnTensor grad_output = from_python(arguments[0]);
   PyObject* const given = arguments[9];
-  if (!grad_output || !like.read(grad_output.get()) || !PyTuple_Check(given) ||
-      PyTuple_GET_SIZE(given) != like.dim || !call.push("ttoooid", arguments)) {
+  if (!grad_output || !like.read(grad_output.get()) || like.dim > kMaxDimensions ||
+      !PyTuple_Check(given) || PyTuple_GET_SIZE(given) != like.dim ||
+      !call.push("ttoooid", arguments)) {
     return call_slow(slow, arguments, count);
   }
   for (int64_t d = 0; d < like.dim; ++d) {
@@ -266,7 +276,7 @@ PyObject* backward(PyObject* slow, PyObject* const* arguments, Py_ssize_t count)
     return call_slow(slow, arguments, count);
   }
   if (!call.run("frozen_bn::backward", !like.on_cpu() || like.numel >= kReleaseElements)) {
-    return call_slow(slow, arguments, count);
+    return fail_slow(slow, arguments, count);
   }
   return PyTuple_Pack(2, grad_input.ptr(), grad_residual.ptr());
 }
@@ -296,7 +306,10 @@ pybind11::object calling(const std::string& name, pybind11::object slow) {
 }  // namespace
 
 void define_calls(pybind11::module_& module) {
-  tensor_type = pybind11::object(pybind11::module_::import("torch").attr("Tensor")).release().ptr();
+  const pybind11::module_ torch = pybind11::module_::import("torch");
+  tensor_type = pybind11::object(torch.attr("Tensor")).release().ptr();
+  count_modes =
+      pybind11::object(torch.attr("_C").attr("_len_torch_dispatch_stack")).release().ptr();
   module.def("calling", &calling, pybind11::arg("name"), pybind11::arg("slow"));
 }
 

@@ -13,7 +13,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-constexpr int64_t kMaxDimensions = 64;  // torch's own limit
+constexpr int64_t kMaxDimensions = 64;  // of more than one element each: more do not fit 64 bits
 
 struct Layout {
   int64_t numel;
@@ -25,13 +25,14 @@ struct Layout {
 // one gapless block (sliced, expanded): such a tensor has to be made dense first.
 inline std::optional<Layout> dense_layout(
     int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int64_t numel = 1;
+  for (int64_t d = 0; d < dim; ++d) numel *= sizes[d];
+  if (numel == 0) return Layout{0, sizes[1], 1};
   int64_t order[kMaxDimensions];
-  int64_t used = 0, numel = 1;
+  int64_t used = 0;
   for (int64_t d = 0; d < dim; ++d) {
-    numel *= sizes[d];
     if (sizes[d] != 1) order[used++] = d;
   }
-  if (numel == 0) return Layout{0, sizes[1], 1};
   std::sort(order, order + used, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   int64_t gapless_stride = 1;
   for (int64_t k = 0; k < used; ++k) {

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from frozen_bn import _C, ops
+from frozen_bn import _C, frozen_batch_norm, ops, reference
 
 FAST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 needs_fast_calls = pytest.mark.skipif(not FAST, reason="torch hands over its tensors from 2.14 on")
@@ -128,6 +129,56 @@ def test_others_are_left_to_the_slow_function(
     else:
         assert_same(_C.calling(name, slow)(*arguments), SLOW[name](*arguments))
         assert called == [name]
+
+
+class Interrupting(TorchDispatchMode):
+    """Runs what it sees, and then raises, once, what no operator raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen.append(func.__name__.partition(".")[0])
+        if func.namespace == "frozen_bn" and self.seen.count(self.seen[-1]) == 1:
+            raise KeyboardInterrupt
+        return result
+
+
+def test_a_dispatch_mode_sees_what_is_made_and_its_errors_are_raised(name: str) -> None:
+    arguments = arguments_of(name, torch.randn(2, 5, 3, 7))
+    with Interrupting() as mode, pytest.raises(KeyboardInterrupt):
+        FAST_OR_SLOW[name](*arguments)
+    assert mode.seen.count(name) == 1
+    assert any(seen.startswith(("empty", "new_empty")) for seen in mode.seen)
+
+
+def test_interrupted_in_place_runs_once() -> None:
+    x = torch.randn(2, 5, 3, 7)
+    mean, var, weight, bias = vectors(5)
+    expected = frozen_batch_norm(x, mean, var, weight, bias)
+    with Interrupting(), pytest.raises(KeyboardInterrupt):
+        frozen_batch_norm(x, mean, var, weight, bias, inplace=True)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dims", [65, 102])
+def test_many_dimensions(dims: int) -> None:
+    x = torch.randn([2, 3] + [1] * (dims - 2), requires_grad=True)
+    grad = torch.randn_like(x)
+    results = []
+    for function in (frozen_batch_norm, reference.frozen_batch_norm):
+        torch.manual_seed(0)
+        y = function(x, *vectors(3), activation="relu")
+        results.append((y, *torch.autograd.grad(y, [x], grad)))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got.reshape(6), right.reshape(6))
+
+
+def test_many_empty_dimensions() -> None:
+    x = torch.empty([0] * 2000)
+    assert frozen_batch_norm(x, *(v[:0] for v in vectors(3))).shape == x.shape
 
 
 def test_fake_tensors(name: str) -> None:
