@@ -69,6 +69,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layouts", nargs="+", choices=model.LAYOUTS, help="of networks; default: both; quick: one"
     )
+    parser.add_argument("--batch", type=int, help="of networks; default: 4, of a detector 2")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--inplace-followers",
@@ -111,8 +112,10 @@ def jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         models = options.models or [*WORKLOADS][: 1 if options.quick else None]
         layouts = options.layouts or [*model.LAYOUTS][: 1 if options.quick else None]
         for name in models:
+            workload = WORKLOADS[name]
+            workload = replace(workload, batch=options.batch or workload.batch)
             for layout in layouts:
-                run_model = partial(model.bench, WORKLOADS[name], layout, settings("model"), wanted)
+                run_model = partial(model.bench, workload, layout, settings("model"), wanted)
                 yield f"{name} {layout}", run_model
     if "roofline" in wanted:
         most = roofline.QUICK_MOST_ELEMENTS if options.quick else roofline.MOST_ELEMENTS

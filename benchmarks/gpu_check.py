@@ -9,12 +9,13 @@ Exits with 0 if all passed, 1 if something failed, 2 where there is no GPU or no
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,29 +72,30 @@ def run(name: str, command: Sequence[str], extra: Mapping[str, str] | None = Non
     return step
 
 
-def run_tests() -> list[Step]:
+def run_tests() -> Iterator[Step]:
     pytest = [sys.executable, "-m", "pytest", "-rs"]
-    return [
-        run("build", [sys.executable, "-m", "frozen_bn"]),
-        run("all tests on cuda", [*pytest, "-k", "cuda", "--ignore=tests/test_cuda.py"]),
-        run("streams, graphs, devices, repeatability", [*pytest, "-v", "tests/test_cuda.py"]),
-    ]
+    # Each of the processes takes half a gigabyte of the GPU's memory.
+    at_once = ["-n", str(min(8, os.cpu_count() or 1))]
+    yield run("build", [sys.executable, "-m", "frozen_bn"])
+    on_cuda = ["-k", "cuda", "--ignore=tests/test_cuda.py"]
+    yield run("all tests on cuda", [*pytest, *at_once, *on_cuda])
+    yield run("streams, graphs, devices, repeatability", [*pytest, "-v", "tests/test_cuda.py"])
 
 
-def run_sanitizers() -> list[Step]:
+def run_sanitizers() -> Iterator[Step]:
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "/usr/local/cuda/bin/compute-sanitizer"
     )
     if tool is None:
-        return [Step("compute-sanitizer", "skipped", 0, "compute-sanitizer is not installed")]
+        yield Step("compute-sanitizer", "skipped", 0, "compute-sanitizer is not installed")
+        return
     pytest = [sys.executable, "-m", "pytest", *SANITIZED]
     options = ["--error-exitcode", "1", "--report-api-errors", "no"]
     # Without torch's cache every tensor is an allocation of its own, whose ends are checked.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        run(f"compute-sanitizer {kind}", [tool, "--tool", kind, *options, *pytest], uncached)
-        for kind in SANITIZERS
-    ]
+    for kind in SANITIZERS:
+        command = [tool, "--tool", kind, *options, *pytest]
+        yield run(f"compute-sanitizer {kind}", command, uncached)
 
 
 def peak_bandwidth(memory_clock_khz: int, bus_bits: int) -> float | None:
@@ -216,19 +218,26 @@ def main() -> int:
     if (reason := why_not()) is not None:
         print(f"gpu_check: nothing was checked: {reason}", file=sys.stderr)
         return 2
-    steps = [*run_tests(), *run_sanitizers()]
+    steps: list[Step] = []
+    sections: dict[str, str] = {}
+
+    def report() -> None:
+        options.report.write_text(render(environment(), steps, sections))
+
+    for step in itertools.chain(run_tests(), run_sanitizers()):
+        steps.append(step)
+        report()
     folder = options.report.resolve().parent / "gpu-report"
     folder.mkdir(exist_ok=True)
     benchmark, found, tables = run_benchmark(options.quick, folder / "all.json")
     steps.append(benchmark)
     properties = torch.cuda.get_device_properties(0)
     bandwidth = peak_bandwidth(properties.memory_clock_rate, properties.memory_bus_width)
-    sections = {
-        "Measured and modelled": over_model(found, bandwidth).markdown(),
-        "Launches": launches_table(see_launches()).markdown(),
-        "Benchmarks": tables,
-    }
-    options.report.write_text(render(environment(), steps, sections))
+    sections["Measured and modelled"] = over_model(found, bandwidth).markdown()
+    sections["Benchmarks"] = tables
+    report()
+    sections["Launches"] = launches_table(see_launches()).markdown()
+    report()
     print(f"report: {options.report}")
     return 1 if any(step.outcome == "failed" for step in steps) else 0
 

@@ -87,6 +87,19 @@ struct ScalarMath {
 template <>
 struct Math<float> : ScalarMath<float> {};
 
+// On CUDA within 2 units in the last place: to the nearest takes three times as many instructions.
+template <class T>
+FROZEN_BN_INLINE T divide(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, float>) {
+    float inverse;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    return a * inverse;
+  }
+#endif
+  return a / b;
+}
+
 template <class T>
 FROZEN_BN_INLINE T inverse_std(T var, T eps) {
   return constant<T>(1.0f) / Math<T>::sqrt(var + eps);
@@ -108,7 +121,7 @@ FROZEN_BN_INLINE T activate(T z, T negative_slope) {
   } else if constexpr (kAct == Activation::kLeakyRelu) {
     return z > T{} ? z : z * negative_slope;
   } else if constexpr (kAct == Activation::kSilu) {
-    return z / (constant<T>(1.0f) + Math<T>::exp(-z));
+    return divide(z, constant<T>(1.0f) + Math<T>::exp(-z));
   } else if constexpr (kAct == Activation::kHardswish) {
     const T sixth = constant<T>(1.0f) / constant<T>(6.0f);
     return z * activate<Activation::kRelu6>(z + constant<T>(3.0f), T{}) * sixth;
@@ -135,7 +148,7 @@ template <Activation kAct, class T>
 FROZEN_BN_INLINE T derivative(T z) {
   const T one = constant<T>(1.0f);
   if constexpr (kAct == Activation::kSilu) {
-    const T sigmoid = one / (one + Math<T>::exp(-z));
+    const T sigmoid = divide(one, one + Math<T>::exp(-z));
     return sigmoid * (one + z * (one - sigmoid));
   } else {
     const T three = constant<T>(3.0f);

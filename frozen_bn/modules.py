@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.overrides import has_torch_function_unary
 
 from . import reference
 from .checks import Statistics, activation_code, fail, mismatch
@@ -155,7 +154,8 @@ class _FrozenBatchNorm(nn.Module):
 
     def check_rank(self, input: Tensor) -> None:
         """Raises what ``forward`` raises for an input of another rank."""
-        if not has_torch_function_unary(input) and self._ranks and input.dim() not in self._ranks:
+        # What torch.fx traces with is no Tensor.
+        if self._ranks and isinstance(input, Tensor) and input.dim() not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise fail("forward", f"input to have {ranks} dimensions", f"shape {list(input.shape)}")
 

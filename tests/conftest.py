@@ -65,7 +65,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         with the_emulator().active():
             yield request.param
     elif request.param == "cuda":
-        with torch.device("cuda"):
+        # In float32, as they are compared: TensorFloat-32 has the digits of half precision.
+        with torch.backends.cudnn.flags(allow_tf32=False), torch.device("cuda"):
             yield request.param
     else:
         best = CPU_LEVELS[-1]

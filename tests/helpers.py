@@ -12,9 +12,15 @@ VECTORS = ["weight", "bias", "running_mean", "running_var"]
 ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"]
 
 
+def make_generator(seed: int) -> torch.Generator:
+    """On the device where new tensors are made; for meta tensors, any."""
+    device = torch.get_default_device()
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
+
+
 def randomize_(module: nn.Module, seed: int = 0) -> nn.Module:
     """Give every batch normalization in ``module``, frozen or live, the values of a trained one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed)
 
     def uniform_(target: Tensor | None) -> None:
         if target is not None:

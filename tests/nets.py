@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import randomize_
+from helpers import make_generator, randomize_
 from torch import Tensor, nn
 
 from frozen_bn import convert_frozen_bn
@@ -66,7 +66,7 @@ def plain_twin(options: dict[str, bool]) -> nn.Sequential:
 
 
 def images(seed: int = 0) -> Tensor:
-    return torch.randn(IMAGES, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(IMAGES, generator=make_generator(seed))
 
 
 def train_step(net: nn.Module, seed: int, optimizer: torch.optim.Optimizer | None = None) -> Tensor:

@@ -395,7 +395,7 @@ def test_half_precision_trains_with_float32_parameters(autocast, dtype):
     optimizer = torch.optim.SGD([*conv.parameters(), *bn.parameters()], lr=0.02)
     losses = []
     for _ in range(4):
-        with torch.autocast("cpu", dtype, enabled=autocast):
+        with torch.autocast(x.device.type, dtype, enabled=autocast):
             h = conv(x)
             y = bn(h)
         assert h.dtype == y.dtype == dtype

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VECTORS, assert_same_bits, randomize_, snapshot
+from helpers import VECTORS, assert_same_bits, make_generator, randomize_, snapshot
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune
@@ -933,7 +933,7 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
 
 def sample(shape: tuple[int, ...] | None) -> tuple[object, ...]:
     """The arguments of a model in train mode: images, or for a detector images and targets."""
-    generator = torch.Generator().manual_seed(2)
+    generator = make_generator(2)
     if shape:
         return (torch.rand(shape, generator=generator, dtype=torch.float64),)
     sizes = [(3, 128, 160), (3, 120, 150)]

@@ -270,7 +270,7 @@ def test_warp_operations_of_a_part_of_the_warp() -> None:
         ("fma.rn.ftz.f32 %r0, %v, %v, %v;", "fma.rn.ftz.f32"),
         ("fma.rn.f64 %w4, %w0, %w0, %w0;", "fma.rn.f64"),
         ("div.full.f32 %r0, %v, %v;", "div.full.f32"),
-        ("rcp.approx.f32 %r0, %v;", "rcp.approx.f32"),
+        ("rcp.approx.ftz.f32 %r0, %v;", "rcp.approx.ftz.f32"),
         ("ex2.approx.f16 %h0, %h1;", "ex2.approx.f16"),
         ("min.f32 %r0, %v, %v;", "min.f32"),
         ("setp.lt.and.s32 %p0, %v, 1, %p1;", "setp.lt.and.s32"),

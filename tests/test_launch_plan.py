@@ -18,8 +18,8 @@ PERIODIC += [(2 * 2**24 * 4, 2**24, 4)]  # more columns than a grid has rows
 PERIODIC += [(3 * 7, 3, 7), (2 * 4096 * 4, 4096, 4), (2**33, 256, 1)]
 
 
-def plan(layout: tuple[int, int, int], multiprocessors: int = 132) -> dict:
-    return _C.launch_plan(*layout, multiprocessors=multiprocessors)
+def plan(layout: tuple[int, int, int], sums: bool = False, multiprocessors: int = 132) -> dict:
+    return _C.launch_plan(*layout, sums=sums, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("layout", PLANAR)
@@ -41,11 +41,12 @@ def test_each_run_has_a_partial_row_for_every_tile_that_it_touches(layout):
     assert chosen["partial_width"] == channels
 
 
+@pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("multiprocessors", [1, 40, 132])
 @pytest.mark.parametrize("layout", PERIODIC)
-def test_shorter_runs_go_column_by_column(layout, multiprocessors):
+def test_shorter_runs_go_column_by_column(layout, multiprocessors, sums):
     _, channels, inner = layout
-    chosen = plan(layout, multiprocessors)
+    chosen = plan(layout, sums, multiprocessors)
     assert chosen["variant"] == "periodic"
     assert chosen["columns"] * PACK % (channels * inner) == 0
     (grid_x, grid_y), (block_x, block_y) = chosen["grid"], chosen["block"]
@@ -63,14 +64,23 @@ def test_indices_are_64_bit_only_where_they_have_to_be(layout):
     assert plan(layout)["wide"] == (layout[0] > 2**31 - 1 - TILE)
 
 
-def test_a_large_tensor_fills_the_device():
-    grid_x, grid_y = plan((2 * 256 * 60800, 256, 1), multiprocessors=132)["grid"]
-    assert grid_x * grid_y >= 8 * 132
+LARGE = (2 * 256 * 60800, 256, 1)
 
 
-def test_a_thread_uses_its_coefficients_for_several_packs():
+def test_a_large_tensor_fills_the_device_again_and_again():
+    grid_x, grid_y = plan(LARGE)["grid"]
+    assert grid_x * grid_y >= 3 * 8 * 132
+
+
+def test_with_sums_it_fills_the_device_twice_and_leaves_few_partial_rows():
+    chosen = plan(LARGE, sums=True)
+    assert math.prod(chosen["grid"]) == 8 * 132
+    assert chosen["partial_rows"] == 8 * 132
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_thread_uses_its_coefficients_for_several_packs(sums):
     numel, channels = 2 * 1024 * 3800, 1024
-    (grid_x, grid_y), (block_x, block_y) = (
-        plan((numel, channels, 1))[k] for k in ("grid", "block")
-    )
-    assert numel / PACK / (grid_x * grid_y * block_x * block_y) >= 3.5
+    chosen = plan((numel, channels, 1), sums)
+    threads = math.prod((*chosen["grid"], *chosen["block"]))
+    assert numel / PACK / threads >= 3.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -120,9 +121,13 @@ def test_eps_0_is_accepted():
         (FrozenBatchNorm3d, [2, C, 3, 3], "5"),
     ],
 )
-def test_wrong_rank_names_expected_and_received(frozen_class, shape, expected):
-    with pytest.raises(RuntimeError) as error:
-        frozen_class(C)(torch.randn(shape))
+@pytest.mark.parametrize(
+    "mode", [contextlib.nullcontext(), torch.device("cpu")], ids=["", "in a mode"]
+)
+def test_wrong_rank_names_expected_and_received(frozen_class, shape, expected, mode):
+    frozen, x = frozen_class(C), torch.randn(shape)
+    with pytest.raises(RuntimeError) as error, mode:
+        frozen(x)
     assert str(error.value) == (
         f"frozen_bn::forward: expected input to have {expected} dimensions, but got shape {shape}"
     )

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const Tile tile = traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>>(
       p, table, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
         Sums first, second;
-        channels.with_channels(at.count, [&](const auto& channel_of) {
+        channels.template with_channels<true>([&](const auto& channel_of) {
           backward_pack<T, kAct>(p, at, inputs, channel_of, [&](int lane, float g, float centered) {
             if constexpr (kSums) {
               const bool is_first = channel_of.is_first(lane);
@@ -214,36 +214,39 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   if constexpr (kSums) reduce_rows(p, column, shared_sums);
 }
 
-constexpr int kReduceChannels = 32, kReduceRows = 8;
+constexpr int kReduceChannels = 32, kMostReduceRows = 32;
 
 // The second stage of the affine gradients: adds up the partial rows, in an order that is fixed.
-__global__ void __launch_bounds__(kReduceChannels* kReduceRows)
+// Rows of threads are a power of 2.
+__global__ void __launch_bounds__(kReduceChannels* kMostReduceRows)
     frozen_bn_reduce_kernel(const __grid_constant__ ReduceParams p) {
-  __shared__ double g[kReduceRows][kReduceChannels], centered[kReduceRows][kReduceChannels];
+  __shared__ double g[kMostReduceRows][kReduceChannels];
+  __shared__ double centered[kMostReduceRows][kReduceChannels];
   const int64_t channel = int64_t{blockIdx.x} * kReduceChannels + threadIdx.x;
   double sum_g = 0, sum_centered = 0;
-  if (channel < p.channels) {
-    for (int64_t row = threadIdx.y; row < p.rows; row += kReduceRows) {
-      const float* partial = p.partial_sums + 2 * row * p.width;
-      for (int64_t i = channel * p.run; i < p.width; i += p.channels * p.run) {
-        for (int64_t k = i; k < i + p.run; ++k) {
-          sum_g += partial[k];
-          sum_centered += partial[p.width + k];
-        }
+  for (int64_t i = channel * p.run; i < p.width; i += p.channels * p.run) {
+    for (int64_t k = i; channel < p.channels && k < i + p.run; ++k) {
+      // Several rows at a time: one after the other, the kernel would wait for each.
+#pragma unroll 4
+      for (int64_t row = threadIdx.y; row < p.rows; row += blockDim.y) {
+        const float* partial = p.partial_sums + 2 * row * p.width + k;
+        sum_g += partial[0];
+        sum_centered += partial[p.width];
       }
     }
   }
-  g[threadIdx.y][threadIdx.x] = sum_g;
-  centered[threadIdx.y][threadIdx.x] = sum_centered;
-  __syncthreads();
-  if (threadIdx.y > 0 || channel >= p.channels) return;
-  for (int row = 1; row < kReduceRows; ++row) {
-    sum_g += g[row][threadIdx.x];
-    sum_centered += centered[row][threadIdx.x];
+  double& total_g = g[threadIdx.y][threadIdx.x] = sum_g;
+  double& total_centered = centered[threadIdx.y][threadIdx.x] = sum_centered;
+  for (uint32_t rows = blockDim.y / 2; rows > 0; rows /= 2) {
+    __syncthreads();
+    if (threadIdx.y >= rows) continue;
+    total_g += g[threadIdx.y + rows][threadIdx.x];
+    total_centered += centered[threadIdx.y + rows][threadIdx.x];
   }
-  const float grad_weight = static_cast<float>(sum_centered * p.inv_std[channel]);
+  if (threadIdx.y > 0 || channel >= p.channels) return;
+  const float grad_weight = static_cast<float>(total_centered * p.inv_std[channel]);
   if (p.grad_weight) store_channel(p.grad_weight, p.weight_dtype, channel, grad_weight);
-  if (p.grad_bias) store_channel(p.grad_bias, p.bias_dtype, channel, static_cast<float>(sum_g));
+  if (p.grad_bias) store_channel(p.grad_bias, p.bias_dtype, channel, static_cast<float>(total_g));
 }
 
 }  // namespace

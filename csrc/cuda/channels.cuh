@@ -128,7 +128,7 @@ struct TwoChannels {
     return is_first(lane) ? first : second;
   }
   __device__ bool is_first(int lane) const {
-    return lane == 0 || (lane < kPackSize - 1 && lane < split);
+    return lane == 0 || lane < split;
   }
 };
 
@@ -157,32 +157,57 @@ __device__ void fill(const Params& p, const Tile& tile, Table& table) {
 }
 
 // The channels of one pack of a tile, which starts behind the first `passed` elements of a run.
-template <class Table>
+template <class Table, class At>
 struct PlanarChannels {
   const Table& table;
+  At at;
   uint32_t run, passed, inner;
 
-  template <class Body>
-  __device__ void with_channels(uint32_t count, Body body) const {
+  template <bool kTogether = false, class Body>
+  __device__ void with_channels(Body body) const {
+    const bool crosses = passed > inner - at.count;
     const auto first = table[run];
-    if (passed <= inner - count) [[likely]] {
+    if (!anywhere<kTogether>(crosses)) [[likely]] {
       body(OneChannel{first});
     } else {
-      body(TwoChannels{first, table[run + 1], inner - passed});
+      body(TwoChannels{first, table[run + crosses], inner - passed});
+    }
+  }
+
+  // In the warp, kTogether: where some packs have to go the longer way, and the two differ in
+  // little else, all had better go it, since a warp that parts goes both.
+  template <bool kTogether>
+  static __device__ bool anywhere(bool crosses) {
+    if constexpr (kTogether && std::is_same_v<At, WholePack>) {
+      return __any_sync(~0u, crosses);
+    } else {
+      return crosses;
     }
   }
 };
 
-// The channels of a block's columns, a row of each coefficient.
+// The channels of a block's columns. By lane, then column: that neighbours in a warp read
+// neighbours. A column more than there can be, that those who fill one write to different banks.
 struct PeriodicTable {
-  alignas(16) float mean[kMaxBlockColumns * kPackSize];
-  alignas(16) float scale[kMaxBlockColumns * kPackSize];
-  alignas(16) float bias[kMaxBlockColumns * kPackSize];
+  using Row = float[kPackSize][kMaxBlockColumns + 1];
+  Row mean, scale, bias;
 
   __device__ void put(uint32_t i, const Channel& found) {
-    mean[i] = found.mean;
-    scale[i] = found.scale;
-    bias[i] = found.bias;
+    put(mean, i, found.mean);
+    put(scale, i, found.scale);
+    put(bias, i, found.bias);
+  }
+  static __device__ void put(Row& row, uint32_t i, float value) {
+    row[i % kPackSize][i / kPackSize] = value;
+  }
+
+  // Of the thread's own column.
+  __device__ Channel channel(int lane) const {
+    return {read(mean, lane), read(scale, lane), read(bias, lane)};
+  }
+  // Whenever it is needed: volatile, or the compiler would keep it in a register.
+  static __device__ float read(const volatile Row& row, int lane) {
+    return row[lane][threadIdx.x];
   }
 };
 
@@ -202,56 +227,34 @@ __device__ void fill(const Params& p, Table& table) {
   __syncthreads();
 }
 
-// The channels of a thread's 8 lanes.
+// The channels of a thread's 8 lanes, in registers...
 struct EightChannels {
-  float mean[kPackSize], scale[kPackSize], bias[kPackSize];
+  Channel own[kPackSize];
 
   __device__ explicit EightChannels(const PeriodicTable& table) {
-    const uint32_t i = threadIdx.x * kPackSize;
-    read(mean, table.mean + i);
-    read(scale, table.scale + i);
-    read(bias, table.bias + i);
-  }
-
-  __device__ Channel operator()(int lane) const {
-    return {mean[lane], scale[lane], bias[lane]};
-  }
-
-  template <class Body>
-  __device__ void with_channels(uint32_t, Body body) const {
-    body(*this);
-  }
-
-  static __device__ void read(float (&to)[kPackSize], const float* from) {
 #pragma unroll
-    for (int k = 0; k < kPackSize; k += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + k);
-      to[k] = four.x;
-      to[k + 1] = four.y;
-      to[k + 2] = four.z;
-      to[k + 3] = four.w;
-    }
+    for (int k = 0; k < kPackSize; ++k) own[k] = table.channel(k);
+  }
+  __device__ Channel operator()(int lane) const {
+    return own[lane];
+  }
+  template <bool kTogether = false, class Body>
+  __device__ void with_channels(Body body) const {
+    body(*this);
   }
 };
 
-// The same, read whenever they are needed: volatile, or the compiler would keep them after all.
+// ... or in shared memory, where registers are scarce.
 struct SharedChannels {
   const PeriodicTable& table;
 
   __device__ explicit SharedChannels(const PeriodicTable& table) : table(table) {}
-
   __device__ Channel operator()(int lane) const {
-    const uint32_t i = threadIdx.x * kPackSize + lane;
-    return {read(table.mean[i]), read(table.scale[i]), read(table.bias[i])};
+    return table.channel(lane);
   }
-
-  template <class Body>
-  __device__ void with_channels(uint32_t, Body body) const {
+  template <bool kTogether = false, class Body>
+  __device__ void with_channels(Body body) const {
     body(*this);
-  }
-
-  static __device__ float read(const volatile float& value) {
-    return value;
   }
 };
 

@@ -48,7 +48,7 @@ __device__ void forward_pack(
     const ForwardParams& p, At at, const ForwardInputs<T, kResidual>& inputs,
     const Channels& channels) {
   Floats x = unpack<T>(inputs.input);
-  channels.with_channels(at.count, [&](const auto& channel_of) {
+  channels.with_channels([&](const auto& channel_of) {
 #pragma unroll
     for (int k = 0; k < kPackSize; ++k) {
       const auto c = channel_of(k);

@@ -105,7 +105,9 @@ cudaError_t launch_backward(
 
 cudaError_t launch_reduce(const ReduceParams& params, cudaStream_t stream) {
   const auto blocks = static_cast<uint32_t>(ceil_div(params.channels, kReduceChannels));
-  frozen_bn_reduce_kernel<<<blocks, dim3(kReduceChannels, kReduceRows), 0, stream>>>(params);
+  uint32_t rows = kMostReduceRows;
+  while (rows > 1 && rows / 2 >= params.rows) rows /= 2;
+  frozen_bn_reduce_kernel<<<blocks, dim3(kReduceChannels, rows), 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -21,58 +21,32 @@ struct PlanarPairTable {
   }
 };
 
-// By lane, then column: that neighbours in a warp read neighbours. A column more than there can be,
-// that those who fill a column write to different banks.
-struct PeriodicPairTable {
-  using Row = float[kPackSize][kMaxBlockColumns + 1];
-  Row mean, scale, bias, residual_mean, residual_scale;
+struct PeriodicPairTable : PeriodicTable {
+  Row residual_mean, residual_scale;
 
   __device__ void put(uint32_t i, const PairChannel& found) {
-    const uint32_t lane = i % kPackSize, column = i / kPackSize;
-    mean[lane][column] = found.mean;
-    scale[lane][column] = found.scale;
-    bias[lane][column] = found.bias;
-    residual_mean[lane][column] = found.residual_mean;
-    residual_scale[lane][column] = found.residual_scale;
+    PeriodicTable::put(i, found);
+    PeriodicTable::put(residual_mean, i, found.residual_mean);
+    PeriodicTable::put(residual_scale, i, found.residual_scale);
   }
 };
 
-// The channels of a thread's 8 lanes: those of the input in registers, unless kInShared; those of
-// the residual would not fit there too.
+// The channels of a thread's 8 lanes. Those of the residual would not fit into registers too.
 template <bool kInShared>
 struct PairLaneChannels {
   const PeriodicPairTable& table;
-  Channel own[kInShared ? 1 : kPackSize];
+  LaneChannels<kInShared> own;
 
-  __device__ explicit PairLaneChannels(const PeriodicPairTable& table) : table(table) {
-    if constexpr (!kInShared) {
-#pragma unroll
-      for (int k = 0; k < kPackSize; ++k) own[k] = read(k);
-    }
-  }
+  __device__ explicit PairLaneChannels(const PeriodicPairTable& table) : table(table), own(table) {}
 
   __device__ PairChannel operator()(int lane) const {
-    Channel channel;
-    if constexpr (kInShared) {
-      channel = read(lane);
-    } else {
-      channel = own[lane];
-    }
-    return {channel, read(table.residual_mean, lane), read(table.residual_scale, lane)};
+    return {
+        own(lane), table.read(table.residual_mean, lane), table.read(table.residual_scale, lane)};
   }
 
-  template <class Body>
-  __device__ void with_channels(uint32_t, Body body) const {
+  template <bool kTogether = false, class Body>
+  __device__ void with_channels(Body body) const {
     body(*this);
-  }
-
- private:
-  __device__ Channel read(int lane) const {
-    return {read(table.mean, lane), read(table.scale, lane), read(table.bias, lane)};
-  }
-  // Whenever it is needed: volatile, or the compiler would keep it after all.
-  static __device__ float read(const volatile PeriodicPairTable::Row& row, int lane) {
-    return row[lane][threadIdx.x];
   }
 };
 
@@ -104,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   __shared__ PlanarPairTable table;
   traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, false>>(
       p, table, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        channels.with_channels(at.count, [&](const auto& channel_of) {
+        channels.template with_channels<true>([&](const auto& channel_of) {
           backward_pack<T, kAct, true>(p, at, inputs, channel_of, [](int, float, float) {});
         });
       });

@@ -23,7 +23,7 @@ __device__ void traverse_tile(const Params& p, Table& table, const Tile& tile, A
       const uint32_t place = Tile::pack(first + k) * kPackSize + tile.skipped;
       const uint32_t run = divide(place, p.index.by_tile_inner);
       const uint32_t passed = place - run * p.index.tile_inner;
-      body(here, inputs[k], PlanarChannels<Table>{table, run, passed, p.index.tile_inner});
+      body(here, inputs[k], PlanarChannels{table, here, run, passed, p.index.tile_inner});
     }
   }
 }

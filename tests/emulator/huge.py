@@ -49,7 +49,7 @@ class Huge:
             tiles = ((1 << 31) // _TILE, last_channel, (self.numel - 1) // _TILE)
             return {t: [slice(t * _TILE, min((t + 1) * _TILE, self.numel))] for t in tiles}
         plan = frozen_bn._C.launch_plan(
-            self.numel, self.channels, 1, multiprocessors=_EVERY_MULTIPROCESSOR
+            self.numel, self.channels, 1, sums=False, multiprocessors=_EVERY_MULTIPROCESSOR
         )
         (parts, rows_of_blocks), (width, height) = plan["grid"], plan["block"]
         assert parts == 1 and width * _PACK == self.channels  # the rows of a block are one piece

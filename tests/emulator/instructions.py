@@ -318,6 +318,9 @@ class _Compiler:
         return self.compute(function, self.type())
 
     def op_rcp(self) -> Step:
+        """``approx``: here to the nearest; hardware is within 1 unit in the last place."""
+        if self.take("approx") and self.modifiers == ["f32"]:
+            return self.compute(lambda x: np.float32(1) / x, self.type())
         return self._rounded(lambda x: np.float32(1) / x)
 
     def op_sqrt(self) -> Step:

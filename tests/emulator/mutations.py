@@ -61,7 +61,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no barrier in the reduction", "cuda/backward.cuh",
-        "[threadIdx.x] = sum_centered;\n  __syncthreads();", "[threadIdx.x] = sum_centered;",
+        "rows /= 2) {\n    __syncthreads();", "rows /= 2) {",
     ),
     Mutation(
         "last block not launched", "launch_plan.h",
@@ -119,7 +119,7 @@ MUTATIONS = [
     ),
     Mutation(
         "channels from 1024 on not summed", "cuda/backward.cuh",
-        "if (channel < p.channels) {", "if (channel < p.channels && channel < 1024) {",
+        "channel < p.channels && k <", "channel < p.channels && channel < 1024 && k <",
     ),
     Mutation(
         "an activation loaded twice", "cuda/backward.cuh",

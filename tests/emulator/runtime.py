@@ -7,6 +7,7 @@ launch to :class:`Emulator`; that runs the PTX which nvcc made of the kernels.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib
 import os
 import re
@@ -79,6 +80,13 @@ def compile_kernels(source: Path, folder: Path, architecture: str = ARCHITECTURE
 def build(csrc: Path = ROOT / "csrc", folder: Path | None = None, wide: bool = False) -> Path:
     """The test library, rebuilt if a source is newer; ``launch.ptx`` lies beside it."""
     folder = folder or ROOT / "build" / f"emulator-sm_{ARCHITECTURE}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # test processes start together
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(csrc, folder, wide)
+
+
+def _build(csrc: Path, folder: Path, wide: bool) -> Path:
     library = folder / ("emulated_wide.so" if wide else "emulated.so")
     newest = max(
         _newest(csrc, "*.h", "*.cu", "*.cuh", "ops.cpp"), _newest(Path(__file__).parent, "*.cpp")
