@@ -69,7 +69,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layouts", nargs="+", choices=model.LAYOUTS, help="of networks; default: both; quick: one"
     )
-    parser.add_argument("--batch", type=int, help="of networks; default: 4, of a detector 2")
+    parser.add_argument(
+        "--batch", type=int, help="of layers and networks; default: their own, 1 to 16"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--inplace-followers",
@@ -100,7 +102,7 @@ def jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
     if "overhead" in wanted:
         yield "overhead", partial(op.overhead, settings("overhead"))
     if "op" in wanted:
-        for case, in_place in op.cases(options.quick):
+        for case, in_place in op.cases(options.quick, options.batch):
             if chosen(case.name):
                 run = op.bench_in_place if in_place else op.bench
                 yield case.name, partial(run, case, settings("op"))

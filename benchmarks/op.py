@@ -56,15 +56,17 @@ class Settings:
         return Setup(case, self.device, inplace_followers=self.inplace_followers)
 
 
-def cases(quick: bool) -> list[tuple[Case, bool]]:
-    """With whether in place. Those of ``SIZES`` differ in nothing else."""
+def cases(quick: bool, batch: int | None = None) -> list[tuple[Case, bool]]:
+    """With whether in place. Those of ``SIZES`` differ in nothing else. ``batch``: another than
+    their own."""
     sizes = SIZES[::2] if quick else SIZES
     found = [(case, False) for case in every_case(QUICK_SHAPES if quick else SHAPES)]
     if quick:  # of channels_last the longest operation only
         found = [f for f in found if f[0].layout == "contiguous" or f[0].has_residual]
     found += [(Case("fp32", "contiguous", "relu", shape), False) for shape in sizes]
     in_place = [case for case in every_case(INPLACE_SHAPES) if not case.has_residual]
-    return found + [(case, True) for case in (in_place[:1] if quick else in_place)]
+    found += [(case, True) for case in (in_place[:1] if quick else in_place)]
+    return [(replace(c, shape=(batch or c.shape[0], *c.shape[1:])), i) for c, i in found]
 
 
 def _assert_close(name: str, what: str, ours: Tensor, expected: Tensor, allowed: float) -> None:

@@ -140,14 +140,21 @@ def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     return known.weight, known.bias
 
 
-def convolve(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> Tensor:
-    """``bn(conv(input))`` by one convolution, but for an activation that ``bn`` has."""
+def convolve(
+    conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor, bias_later: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``bn(conv(input))`` by one convolution, but for an activation that ``bn`` has.
+
+    With ``bias_later`` the second result has yet to be added: a kernel that passes over the output
+    anyway does so for nothing, where cuDNN's convolutions are followed by another pass.
+    """
     rank = len(conv.kernel_size)  # type: ignore[arg-type]
     if input.dim() != rank + 2:  # no batch: ``bn`` has something to say
-        return bn.normalize(conv(input), None, None, 0.0, False)
+        return bn.normalize(conv(input), None, None, 0.0, False), None
     weight, bias = _folded(conv, bn)
+    own, later = (None, bias) if bias_later else (bias, None)
     transposed = _transposed(conv)
     if transposed is None:
-        return conv._conv_forward(input, weight, bias)  # type: ignore[operator, no-any-return]
+        return conv._conv_forward(input, weight, own), later  # type: ignore[operator]
     geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
-    return transposed(input, weight, bias, *geometry)  # type: ignore[no-any-return]
+    return transposed(input, weight, own, *geometry), later

@@ -303,15 +303,23 @@ def _identity(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 def activate(
-    input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+    input: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
 ) -> Tensor:
-    """``act(input + residual)`` by the same kernels, written over ``input`` where autograd does not
-    need it."""
+    """``act(input + bias + residual)`` by the same kernels, with a bias ``[C]``, written over
+    ``input`` where autograd does not need it."""
     if not has_kernels(input):
-        total = input if residual is None else input + residual
+        total = input
+        if bias is not None:
+            total = total + bias.to(input.dtype).reshape([-1] + [1] * (input.dim() - 2))
+        if residual is not None:
+            total = total + residual
         return reference.activate(total, activation, negative_slope)
     code = _code(activation)
     inplace = not (code in SMOOTH and torch.is_grad_enabled())
     mean, var = _identity(input.shape[1], torch.float32, input.device)
     constants = (mean, var, 0.0, code, negative_slope, inplace, True)
-    return _run(input, None, None, residual, constants)
+    return _run(input, None, bias, residual, constants)

@@ -272,7 +272,8 @@ def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
         return call(merged.normalize, merge.nodes, *operands(merge), residual, *tail)
     conv = merge.conv
     modules = module(conv, conv), module(merge.bn, conv)
-    value = call(fold.convolve, [conv], *modules, conv.args[0])
+    bias_later = residual is not None or merge.activation is not None
+    value = call(fold.convolve, [conv], *modules, conv.args[0], bias_later)
     return call(merged.add_and_activate, merge.nodes, value, residual, *tail)
 
 

@@ -83,15 +83,19 @@ def normalize_branches(
 
 
 def add_and_activate(
-    input: Tensor,
+    convolved: tuple[Tensor, Tensor | None],
     residual: Tensor | None,
     activation: str | None,
     negative_slope: float,
     into: bool,
 ) -> Tensor:
-    """``act(input + residual)``, written over ``input``, the output of a convolution."""
+    """``act(input + bias + residual)``, written over ``input``, the output of a convolution whose
+    bias, if there is one here, is still to be added."""
+    input, bias = convolved
     if residual is not None and not _is_plain_sum(input, residual):
-        input, residual = _add(input, residual, into), None
-    if activation is None:
-        return input if residual is None else input.add_(residual)
-    return activate(input, residual, activation, negative_slope)
+        if bias is not None:
+            input = activate(input, bias, None, None, 0.0)
+        input, bias, residual = _add(input, residual, into), None, None
+    if bias is None and residual is None and activation is None:
+        return input
+    return activate(input, bias, residual, activation, negative_slope)

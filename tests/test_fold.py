@@ -11,6 +11,7 @@ import torch
 from helpers import assert_close_in_norm, outputs_and_gradients, randomize_
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frozen_bn import convert_frozen_bn, fold
 
@@ -96,6 +97,37 @@ def test_gradients_are_exact(kind):
     inputs = (torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True), *state.values())
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+class Biases(TorchDispatchMode):
+    """Of the convolutions that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor | None] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append(args[2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("freeze_affine", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardswish])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_the_bias_is_added_in_the_pass_of_the_activation(kind, activation, freeze_affine):
+    net = nn.Sequential(*pair(kind, 2), activation())
+    x = torch.randn(2, 4, 9, 8)
+    folded = assert_folds(net, x, freeze_affine)
+    with Biases() as biases:
+        folded(x)
+    assert biases.seen == [None]
+
+
+def test_without_a_pass_to_come_it_stays_the_convolutions():
+    with Biases() as biases:
+        simple(fold_conv=True)(torch.randn(2, 4, 9, 8))
+    assert len(biases.seen) == 1 and biases.seen[0] is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
