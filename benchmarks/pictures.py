@@ -101,12 +101,17 @@ def _groups(axes: Axes, groups: Sequence[str], values: dict[str, list[float]]) -
         yield name, [g + (k - (len(values) - 1) / 2) * width for g in range(len(groups))], heights
 
 
+def _three_digits(value: float) -> str:
+    """As ``%.3g``, but for its exponents from 1000 on."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def _bars(axes: Axes, groups: Sequence[str], values: dict[str, list[float]]) -> None:
     width = 0.82 / len(values)
     for name, places, heights in _groups(axes, groups, values):
         label = _LABELS.get(name, name)
         bars = axes.bar(places, heights, width, label=label, color=_COLOURS[name])
-        axes.bar_label(bars, fmt="%.3g", fontsize=7.5, padding=2)
+        axes.bar_label(bars, fmt=_three_digits, fontsize=7.5, padding=2)
     axes.margins(y=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=4)
 

@@ -9,6 +9,7 @@ the convolution is not needed for any of them (unlike for the affine gradient of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -28,20 +29,22 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
 }
 
 
-class _Folded(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    eps: float
-    sources: list[Tensor]  # what it was made of,
-    state: list[tuple[Any, ...]]  # and how that was then
-    kept: list[Any]  # the storages, so that their addresses do not recur
+class _Kept(NamedTuple):
+    values: tuple[Tensor, Tensor]
+    state: list[object]  # how what they were made of was then
+    sources: list[Tensor]  # what that is, and its storages, so that no address recurs
+    storages: list[Any]
 
 
-#: By batch normalization, what was folded while no gradient was wanted.
-_cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
+_Cache = WeakKeyDictionary[nn.Module, _Kept]
+
+#: By batch normalization: factor and shift, while they are constants, and the folded weight and
+#: bias, while no gradient of them is wanted.
+_coefficients: _Cache = WeakKeyDictionary()
+_folds: _Cache = WeakKeyDictionary()
 
 # Fused optimizers write without counting it as a modification.
-register_optimizer_step_post_hook(lambda *_: _cache.clear())
+register_optimizer_step_post_hook(lambda *_: _folds.clear())
 
 
 def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
@@ -78,16 +81,13 @@ class _Sources(NamedTuple):
         weight, bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
         return cls(weight, bias, bn.statistics())
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (*self[:2], *self.bn) if isinstance(t, Tensor)]
+    def vectors(self) -> list[Tensor]:
+        return [t for t in (self.conv_bias, *self.bn) if isinstance(t, Tensor)]
 
 
-def fold(
-    conv: nn.Module, bn: _FrozenBatchNorm, sources: _Sources | None = None
-) -> tuple[Tensor, Tensor]:
-    """The weight and bias of the convolution that does the work of both, in the dtype of ``conv``,
-    computed in float32 (float64 if that is its dtype) and rounded once. Differentiable."""
-    weight, conv_bias, (mean, var, bn_weight, bn_bias, eps) = sources or _Sources.of(conv, bn)
+def _factor_and_shift(conv: nn.Module, sources: _Sources) -> tuple[Tensor, Tensor]:
+    """What the weight is multiplied with, and the new bias, in the dtype of the arithmetic."""
+    weight, conv_bias, (mean, var, bn_weight, bn_bias, eps) = sources
     dtype = arithmetic_dtype(weight)
     scale = 1 / torch.sqrt(var.to(dtype) + eps)
     if bn_weight is not None:
@@ -99,10 +99,19 @@ def fold(
     if bn_bias is not None:
         shift = shift + bn_bias.to(dtype)
     if _transposed(conv):
-        factor = _factor_of_transposed(weight, scale, conv.groups)  # type: ignore[arg-type]
-    else:
-        factor = scale.reshape([-1] + [1] * (weight.dim() - 1))
-    return (weight.to(dtype) * factor).to(weight.dtype), shift.to(weight.dtype)
+        return _factor_of_transposed(weight, scale, conv.groups), shift  # type: ignore[arg-type]
+    return scale.reshape([-1] + [1] * (weight.dim() - 1)), shift
+
+
+def _multiply(weight: Tensor, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    return (weight.to(factor.dtype) * factor).to(weight.dtype), shift.to(weight.dtype)
+
+
+def fold(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
+    """The weight and bias of the convolution that does the work of both, in the dtype of ``conv``,
+    computed in float32 (float64 if that is its dtype) and rounded once. Differentiable."""
+    sources = _Sources.of(conv, bn)
+    return _multiply(sources.conv_weight, *_factor_and_shift(conv, sources))
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -117,27 +126,50 @@ def _is_written_unseen(conv: nn.Module, bn: nn.Module) -> bool:
     return parallel is not None or is_sharded(conv) or is_sharded(bn)
 
 
-def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
-    """:func:`fold`, computed anew only after a change where no gradient is wanted."""
-    sources = _Sources.of(conv, bn)
-    tensors = sources.tensors()
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    uncounted = any(t.is_inference() for t in tensors) or _is_written_unseen(conv, bn)
-    if differentiated or uncounted:
-        _cache.pop(bn, None)
-        return fold(conv, bn, sources)
-    storages = [t.untyped_storage() for t in tensors]
-    state = [
+def _keep(
+    cache: _Cache,
+    bn: _FrozenBatchNorm,
+    sources: list[Tensor],
+    dtype: torch.dtype,
+    make: Callable[[], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """What ``make`` returns, made anew only after a change of the sources."""
+    storages = [t.untyped_storage() for t in sources]
+    state: list[object] = [bn.eps, dtype]
+    state += [
         (id(t), t._version, t.dtype, storage._cdata, t.storage_offset())
-        for t, storage in zip(tensors, storages, strict=True)
+        for t, storage in zip(sources, storages, strict=True)
     ]
-    known = _cache.get(bn)
-    if known is None or known.state != state or known.eps != bn.eps:
+    known = cache.get(bn)
+    if known is None or known.state != state:
         # Outside of inference mode, for a later call may save them for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            known = _Folded(*fold(conv, bn, sources), bn.eps, tensors, state, storages)
-        _cache[bn] = known
-    return known.weight, known.bias
+            known = _Kept(make(), state, sources, storages)
+        cache[bn] = known
+    return known.values
+
+
+def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
+    """:func:`fold`, with what is constant computed anew only after a change."""
+    sources = _Sources.of(conv, bn)
+    weight, vectors, dtype = sources.conv_weight, sources.vectors(), sources.conv_weight.dtype
+    counted = not _is_written_unseen(conv, bn)
+
+    def of_vectors() -> tuple[Tensor, Tensor]:
+        # An optimizer could write them, and perhaps without counting it.
+        if not counted or any(t.requires_grad or t.is_inference() for t in vectors):
+            return _factor_and_shift(conv, sources)
+        arithmetic = arithmetic_dtype(weight)
+        return _keep(
+            _coefficients, bn, vectors, arithmetic, lambda: _factor_and_shift(conv, sources)
+        )
+
+    tensors = [weight, *vectors]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if differentiated or not counted or any(t.is_inference() for t in tensors):
+        _folds.pop(bn, None)
+        return _multiply(weight, *of_vectors())
+    return _keep(_folds, bn, tensors, dtype, lambda: _multiply(weight, *of_vectors()))
 
 
 def convolve(

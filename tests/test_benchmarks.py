@@ -118,7 +118,7 @@ def test_ratios_are_of_the_same_round():
 
 def test_everything_is_written(monkeypatch, tmp_path, capsys):
     sized = cases.Case("fp32", "contiguous", "relu", cases.SIZES[0])
-    monkeypatch.setattr(op, "cases", lambda quick: [(CASE, False), (sized, False)])
+    monkeypatch.setattr(op, "cases", lambda quick, batch: [(CASE, False), (sized, False)])
     file = tmp_path / "new" / "op.json"
     given = ["op", "--no-compile", "--quick", "--seconds", "0.01", "--json", str(file)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *given])

@@ -99,16 +99,18 @@ def test_gradients_are_exact(kind):
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-class Biases(TorchDispatchMode):
-    """Of the convolutions that run."""
+class Operators(TorchDispatchMode):
+    """Which run, and the biases of the convolutions among them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Tensor | None] = []
+        self.seen: list[object] = []
+        self.biases: list[Tensor | None] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
         if func is torch.ops.aten.convolution.default:
-            self.seen.append(args[2])
+            self.biases.append(args[2])
         return func(*args, **(kwargs or {}))
 
 
@@ -119,15 +121,16 @@ def test_the_bias_is_added_in_the_pass_of_the_activation(kind, activation, freez
     net = nn.Sequential(*pair(kind, 2), activation())
     x = torch.randn(2, 4, 9, 8)
     folded = assert_folds(net, x, freeze_affine)
-    with Biases() as biases:
+    with Operators() as operators:
         folded(x)
-    assert biases.seen == [None]
+    assert operators.biases == [None]
 
 
 def test_without_a_pass_to_come_it_stays_the_convolutions():
-    with Biases() as biases:
+    with Operators() as operators:
         simple(fold_conv=True)(torch.randn(2, 4, 9, 8))
-    assert len(biases.seen) == 1 and biases.seen[0] is not None
+    (bias,) = operators.biases
+    assert bias is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -227,6 +230,21 @@ def test_folded_weights_are_kept_until_something_changes(change):
         REFRESHING[change](net)
         x = torch.randn(2, 4, 6, 6, dtype=net[1].running_mean.dtype)
         torch.testing.assert_close(net(x), net[1](net[0](x)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", REFRESHING)
+def test_in_training_what_is_constant_is_kept_until_it_changes(change):
+    net = simple(fold_conv=True)
+    net[0].bias.requires_grad_(False)
+    net(torch.randn(2, 4, 6, 6))
+    with Operators() as operators:
+        assert net(torch.randn(2, 4, 6, 6)).requires_grad
+    assert torch.ops.aten.sqrt.default not in operators.seen
+    with torch.no_grad():
+        REFRESHING[change](net)
+    x = torch.randn(2, 4, 6, 6, dtype=net[1].running_mean.dtype)
+    assert net(x).requires_grad
+    torch.testing.assert_close(net(x), net[1](net[0](x)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_parametrized_weight_that_is_made_anew_at_every_call():
