@@ -70,7 +70,8 @@ inline int64_t block_rows(int64_t columns, int64_t rows) {
 }
 
 // Many blocks of a few rows each share the memory best: on an H100 at 0.98 of a copy's bandwidth,
-// where as many as are resident twice over reach 0.92. But those each leave a row of partial sums.
+// where as many as are resident twice over reach 0.92. With sums, of which each block leaves a row,
+// it is these.
 inline LaunchPlan plan_periodic(const Layout& layout, bool sums, int multiprocessors) {
   constexpr int64_t kMostBlocks = 65535, kBlocksPerMultiprocessor = 8, kLeastPacksPerThread = 4;
   LaunchPlan plan{};

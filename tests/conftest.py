@@ -22,12 +22,12 @@ ACCELERATORS = ["emulated"] + ["cuda"] * torch.cuda.is_available()
 @pytest.fixture(scope="session", autouse=True)
 def show_to_coverage() -> Iterator[None]:
     """What runs in a profile function is not traced, so not counted: lets another thread run it."""
-    event = watch.Watch._event
+    audit = watch.Watch._audit
     if sys.gettrace() is None:
         yield
         return
     with ThreadPoolExecutor(1) as thread, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch.Watch, "_event", lambda *a: thread.submit(event, *a).result())
+        patch.setattr(watch.Watch, "_audit", lambda *a: thread.submit(audit, *a).result())
         yield
 
 
