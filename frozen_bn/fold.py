@@ -9,7 +9,6 @@ the convolution is not needed for any of them (unlike for the affine gradient of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -29,22 +28,20 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
 }
 
 
-class _Kept(NamedTuple):
-    values: tuple[Tensor, Tensor]
-    state: list[object]  # how what they were made of was then
-    sources: list[Tensor]  # what that is, and its storages, so that no address recurs
-    storages: list[Any]
+class _Folded(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    sources: list[Tensor]  # what it was made of,
+    state: list[tuple[Any, ...]]  # and how that was then
+    kept: list[Any]  # the storages, so that their addresses do not recur
 
 
-_Cache = WeakKeyDictionary[nn.Module, _Kept]
-
-#: By batch normalization: factor and shift, while they are constants, and the folded weight and
-#: bias, while no gradient of them is wanted.
-_coefficients: _Cache = WeakKeyDictionary()
-_folds: _Cache = WeakKeyDictionary()
+#: By batch normalization, what was folded while no gradient was wanted.
+_cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
 
 # Fused optimizers write without counting it as a modification.
-register_optimizer_step_post_hook(lambda *_: _folds.clear())
+register_optimizer_step_post_hook(lambda *_: _cache.clear())
 
 
 def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
@@ -81,37 +78,36 @@ class _Sources(NamedTuple):
         weight, bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
         return cls(weight, bias, bn.statistics())
 
-    def vectors(self) -> list[Tensor]:
-        return [t for t in (self.conv_bias, *self.bn) if isinstance(t, Tensor)]
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (*self[:2], *self.bn) if isinstance(t, Tensor)]
 
 
-def _factor_and_shift(conv: nn.Module, sources: _Sources) -> tuple[Tensor, Tensor]:
-    """What the weight is multiplied with, and the new bias, in the dtype of the arithmetic."""
+def _fold(conv: nn.Module, sources: _Sources) -> tuple[Tensor, Tensor]:
+    """:func:`fold`, with the bias as it was computed."""
     weight, conv_bias, (mean, var, bn_weight, bn_bias, eps) = sources
     dtype = arithmetic_dtype(weight)
-    scale = 1 / torch.sqrt(var.to(dtype) + eps)
+    scale = torch.rsqrt(var.to(dtype) + eps)
     if bn_weight is not None:
         scale = bn_weight.to(dtype) * scale
-    shift = -mean.to(dtype)
+    mean = mean.to(dtype)
     if conv_bias is not None:
-        shift = shift + conv_bias.to(dtype)
-    shift = shift * scale
+        mean = mean - conv_bias.to(dtype)
     if bn_bias is not None:
-        shift = shift + bn_bias.to(dtype)
+        bias = torch.addcmul(bn_bias.to(dtype), mean, scale, value=-1)
+    else:
+        bias = -mean * scale
     if _transposed(conv):
-        return _factor_of_transposed(weight, scale, conv.groups), shift  # type: ignore[arg-type]
-    return scale.reshape([-1] + [1] * (weight.dim() - 1)), shift
-
-
-def _multiply(weight: Tensor, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    return (weight.to(factor.dtype) * factor).to(weight.dtype), shift.to(weight.dtype)
+        factor = _factor_of_transposed(weight, scale, conv.groups)  # type: ignore[arg-type]
+    else:
+        factor = scale.reshape([-1] + [1] * (weight.dim() - 1))
+    return (weight.to(dtype) * factor).to(weight.dtype), bias
 
 
 def fold(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     """The weight and bias of the convolution that does the work of both, in the dtype of ``conv``,
     computed in float32 (float64 if that is its dtype) and rounded once. Differentiable."""
-    sources = _Sources.of(conv, bn)
-    return _multiply(sources.conv_weight, *_factor_and_shift(conv, sources))
+    weight, bias = _fold(conv, _Sources.of(conv, bn))
+    return weight, bias.to(weight.dtype)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -121,55 +117,34 @@ def is_sharded(module: nn.Module) -> bool:
 
 def _is_written_unseen(conv: nn.Module, bn: nn.Module) -> bool:
     """Whether autograd is not told of new values: FSDP gathers parameters, and DDP broadcasts
-    buffers, without counting it as a modification."""
+    buffers, without counting it as a modification; a CUDA graph is replayed."""
     parallel = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    return parallel is not None or is_sharded(conv) or is_sharded(bn)
-
-
-def _keep(
-    cache: _Cache,
-    bn: _FrozenBatchNorm,
-    sources: list[Tensor],
-    dtype: torch.dtype,
-    make: Callable[[], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """What ``make`` returns, made anew only after a change of the sources."""
-    storages = [t.untyped_storage() for t in sources]
-    state: list[object] = [bn.eps, dtype]
-    state += [
-        (id(t), t._version, t.dtype, storage._cdata, t.storage_offset())
-        for t, storage in zip(sources, storages, strict=True)
-    ]
-    known = cache.get(bn)
-    if known is None or known.state != state:
-        # Outside of inference mode, for a later call may save them for its backward pass.
-        with torch.inference_mode(False), torch.no_grad():
-            known = _Kept(make(), state, sources, storages)
-        cache[bn] = known
-    return known.values
+    captured = bn.running_var.is_cuda and torch.cuda.is_current_stream_capturing()
+    return parallel is not None or is_sharded(conv) or is_sharded(bn) or bool(captured)
 
 
 def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
-    """:func:`fold`, with what is constant computed anew only after a change."""
+    """:func:`_fold`, computed anew only after a change where no gradient is wanted."""
     sources = _Sources.of(conv, bn)
-    weight, vectors, dtype = sources.conv_weight, sources.vectors(), sources.conv_weight.dtype
-    counted = not _is_written_unseen(conv, bn)
-
-    def of_vectors() -> tuple[Tensor, Tensor]:
-        # An optimizer could write them, and perhaps without counting it.
-        if not counted or any(t.requires_grad or t.is_inference() for t in vectors):
-            return _factor_and_shift(conv, sources)
-        arithmetic = arithmetic_dtype(weight)
-        return _keep(
-            _coefficients, bn, vectors, arithmetic, lambda: _factor_and_shift(conv, sources)
-        )
-
-    tensors = [weight, *vectors]
+    tensors = sources.tensors()
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if differentiated or not counted or any(t.is_inference() for t in tensors):
-        _folds.pop(bn, None)
-        return _multiply(weight, *of_vectors())
-    return _keep(_folds, bn, tensors, dtype, lambda: _multiply(weight, *of_vectors()))
+    uncounted = any(t.is_inference() for t in tensors) or _is_written_unseen(conv, bn)
+    if differentiated or uncounted:
+        _cache.pop(bn, None)
+        return _fold(conv, sources)
+    storages = [t.untyped_storage() for t in tensors]
+    state = [
+        (id(t), t._version, t.dtype, storage._cdata, t.storage_offset())
+        for t, storage in zip(tensors, storages, strict=True)
+    ]
+    known = _cache.get(bn)
+    if known is None or known.state != state or known.eps != bn.eps:
+        # Outside of inference mode, for a later call may save them for its backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            known = _Folded(*_fold(conv, sources), bn.eps, tensors, state, storages)
+        if type(known.weight) is Tensor:  # not one of FakeTensorMode's
+            _cache[bn] = known
+    return known.weight, known.bias
 
 
 def convolve(
@@ -184,7 +159,7 @@ def convolve(
     if input.dim() != rank + 2:  # no batch: ``bn`` has something to say
         return bn.normalize(conv(input), None, None, 0.0, False), None
     weight, bias = _folded(conv, bn)
-    own, later = (None, bias) if bias_later else (bias, None)
+    own, later = (None, bias) if bias_later else (bias.to(weight.dtype), None)
     transposed = _transposed(conv)
     if transposed is None:
         return conv._conv_forward(input, weight, own), later  # type: ignore[operator]
