@@ -119,8 +119,9 @@ def _is_written_unseen(conv: nn.Module, bn: nn.Module) -> bool:
     """Whether autograd is not told of new values: FSDP gathers parameters, and DDP broadcasts
     buffers, without counting it as a modification; a CUDA graph is replayed."""
     parallel = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    captured = bn.running_var.is_cuda and torch.cuda.is_current_stream_capturing()
-    return parallel is not None or is_sharded(conv) or is_sharded(bn) or bool(captured)
+    capturing = torch.cuda.is_current_stream_capturing  # which fails where there is no GPU
+    captured = torch.cuda.is_initialized() and capturing()  # type: ignore[no-untyped-call]
+    return parallel is not None or is_sharded(conv) or is_sharded(bn) or captured
 
 
 def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
