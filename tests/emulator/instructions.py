@@ -312,16 +312,14 @@ class _Compiler:
     def op_rem(self) -> Step:
         return self._division(1)
 
-    def _rounded(self, function: Callable[[Value], Value]) -> Step:
-        if self.take("rn") is None or self.modifiers != ["f32"]:
+    def _rounded(self, function: Callable[[Value], Value], *also: str) -> Step:
+        if self.take("rn", *also) is None or self.modifiers != ["f32"]:
             raise self.refuse()
         return self.compute(function, self.type())
 
     def op_rcp(self) -> Step:
         """``approx``: here to the nearest; hardware is within 1 unit in the last place."""
-        if self.take("approx") and self.modifiers == ["f32"]:
-            return self.compute(lambda x: np.float32(1) / x, self.type())
-        return self._rounded(lambda x: np.float32(1) / x)
+        return self._rounded(lambda x: np.float32(1) / x, "approx")
 
     def op_sqrt(self) -> Step:
         return self._rounded(np.sqrt)
