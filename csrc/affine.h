@@ -87,7 +87,8 @@ struct ScalarMath {
 template <>
 struct Math<float> : ScalarMath<float> {};
 
-// On CUDA within 2 units in the last place: to the nearest takes three times as many instructions.
+// On CUDA within 2 units in the last place, unless 1 / b is subnormal: to the nearest takes three
+// times as many instructions.
 template <class T>
 FROZEN_BN_INLINE T divide(T a, T b) {
 #if defined(__CUDA_ARCH__)

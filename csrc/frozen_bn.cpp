@@ -45,8 +45,8 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def(
       "launch_plan",
-      [](int64_t numel, int64_t channels, int64_t inner, bool sums, int multiprocessors) {
-        const auto plan = frozen_bn::plan_launch({numel, channels, inner}, sums, multiprocessors);
+      [](int64_t numel, int64_t channels, int64_t inner, int summing) {
+        const auto plan = frozen_bn::plan_launch({numel, channels, inner}, summing);
         pybind11::dict fields;
         fields["variant"] = plan.variant == frozen_bn::Variant::kPlanar ? "planar" : "periodic";
         fields["wide"] = plan.wide;
@@ -59,7 +59,7 @@ PYBIND11_MODULE(_C, module) {
         return fields;
       },
       pybind11::arg("numel"), pybind11::arg("channels"), pybind11::arg("inner"),
-      pybind11::arg("sums"), pybind11::arg("multiprocessors"));
+      pybind11::arg("summing"));
   module.def("cpu_level", [] { return std::string(cpu::kernels().name); });
   module.def("select_cpu_level", [](const std::string& name) {
     if (!cpu::select_kernels(name.c_str())) {

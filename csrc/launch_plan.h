@@ -72,7 +72,7 @@ inline int64_t block_rows(int64_t columns, int64_t rows) {
 // Many blocks of a few rows each share the memory best: on an H100 at 0.98 of a copy's bandwidth,
 // where as many as are resident twice over reach 0.92. With sums, of which each block leaves a row,
 // it is these.
-inline LaunchPlan plan_periodic(const Layout& layout, bool sums, int multiprocessors) {
+inline LaunchPlan plan_periodic(const Layout& layout, int summing) {
   constexpr int64_t kMostBlocks = 65535, kBlocksPerMultiprocessor = 8, kLeastPacksPerThread = 4;
   LaunchPlan plan{};
   plan.variant = Variant::kPeriodic;
@@ -82,7 +82,7 @@ inline LaunchPlan plan_periodic(const Layout& layout, bool sums, int multiproces
   plan.block_y = static_cast<uint32_t>(block_rows(plan.block_x, rows));
   const int64_t parts = ceil_div(plan.columns, plan.block_x);
   const int64_t most =
-      sums ? ceil_div(kBlocksPerMultiprocessor * multiprocessors, parts) : kMostBlocks;
+      summing > 0 ? ceil_div(kBlocksPerMultiprocessor * summing, parts) : kMostBlocks;
   const int64_t blocks =
       std::min(most, ceil_div(rows, int64_t{plan.block_y} * kLeastPacksPerThread));
   plan.grid_x = static_cast<uint32_t>(parts);
@@ -92,11 +92,11 @@ inline LaunchPlan plan_periodic(const Layout& layout, bool sums, int multiproces
   return plan;
 }
 
-// `layout.numel` must not be 0. `sums`: with partial sums. `force_wide` is for tests.
-inline LaunchPlan plan_launch(
-    const Layout& layout, bool sums, int multiprocessors, bool force_wide = false) {
-  LaunchPlan plan = layout.inner >= kPackSize ? plan_planar(layout)
-                                              : plan_periodic(layout, sums, multiprocessors);
+// `layout.numel` must not be 0. `summing`: multiprocessors that leave partial sums, or 0 if none
+// are wanted. `force_wide` is for tests.
+inline LaunchPlan plan_launch(const Layout& layout, int summing, bool force_wide = false) {
+  LaunchPlan plan =
+      layout.inner >= kPackSize ? plan_planar(layout) : plan_periodic(layout, summing);
   plan.wide = force_wide || layout.numel > INT32_MAX - kTileSize;
   return plan;
 }

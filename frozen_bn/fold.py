@@ -65,7 +65,7 @@ def _factor_of_transposed(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
     return factor.reshape([weight.shape[0], -1] + [1] * (weight.dim() - 2))
 
 
-class _Sources(NamedTuple):
+class Sources(NamedTuple):
     """What is folded, each read once: a parametrization computes anew at every reading, and one
     like spectral_norm counts them."""
 
@@ -74,7 +74,7 @@ class _Sources(NamedTuple):
     bn: Statistics
 
     @classmethod
-    def of(cls, conv: nn.Module, bn: _FrozenBatchNorm) -> _Sources:
+    def of(cls, conv: nn.Module, bn: _FrozenBatchNorm) -> Sources:
         weight, bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
         return cls(weight, bias, bn.statistics())
 
@@ -82,8 +82,10 @@ class _Sources(NamedTuple):
         return [t for t in (*self[:2], *self.bn) if isinstance(t, Tensor)]
 
 
-def _fold(conv: nn.Module, sources: _Sources) -> tuple[Tensor, Tensor]:
-    """:func:`fold`, with the bias as it was computed."""
+def fold(conv: nn.Module, sources: Sources) -> tuple[Tensor, Tensor]:
+    """The weight and bias of the convolution that does the work of both, computed in float32
+    (float64 if that is the dtype of ``conv``), the weight rounded once to that of ``conv``.
+    Differentiable."""
     weight, conv_bias, (mean, var, bn_weight, bn_bias, eps) = sources
     dtype = arithmetic_dtype(weight)
     scale = torch.rsqrt(var.to(dtype) + eps)
@@ -103,13 +105,6 @@ def _fold(conv: nn.Module, sources: _Sources) -> tuple[Tensor, Tensor]:
     return (weight.to(dtype) * factor).to(weight.dtype), bias
 
 
-def fold(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
-    """The weight and bias of the convolution that does the work of both, in the dtype of ``conv``,
-    computed in float32 (float64 if that is its dtype) and rounded once. Differentiable."""
-    weight, bias = _fold(conv, _Sources.of(conv, bn))
-    return weight, bias.to(weight.dtype)
-
-
 def is_sharded(module: nn.Module) -> bool:
     """Whether its parameters are FSDP's."""
     return bool(getattr(module, "_is_fsdp_managed_module", False))
@@ -125,14 +120,14 @@ def _is_written_unseen(conv: nn.Module, bn: nn.Module) -> bool:
 
 
 def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
-    """:func:`_fold`, computed anew only after a change where no gradient is wanted."""
-    sources = _Sources.of(conv, bn)
+    """:func:`fold`, computed anew only after a change where no gradient is wanted."""
+    sources = Sources.of(conv, bn)
     tensors = sources.tensors()
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     uncounted = any(t.is_inference() for t in tensors) or _is_written_unseen(conv, bn)
     if differentiated or uncounted:
         _cache.pop(bn, None)
-        return _fold(conv, sources)
+        return fold(conv, sources)
     storages = [t.untyped_storage() for t in tensors]
     state = [
         (id(t), t._version, t.dtype, storage._cdata, t.storage_offset())
@@ -142,7 +137,7 @@ def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     if known is None or known.state != state or known.eps != bn.eps:
         # Outside of inference mode, for a later call may save them for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            known = _Folded(*_fold(conv, sources), bn.eps, tensors, state, storages)
+            known = _Folded(*fold(conv, sources), bn.eps, tensors, state, storages)
         if type(known.weight) is Tensor:  # not one of FakeTensorMode's
             _cache[bn] = known
     return known.weight, known.bias

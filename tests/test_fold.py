@@ -136,11 +136,12 @@ def test_without_a_pass_to_come_it_stays_the_convolutions():
 def test_half_precision_is_folded_in_float32_and_rounded_once(dtype):
     net = simple(fold_conv=True)
     net[0].to(dtype)
-    weight, bias = fold.fold(net[0], net[1])
-    exact, exact_bias = fold.fold(copy.deepcopy(net[0]).double(), copy.deepcopy(net[1]).double())
-    assert weight.dtype == bias.dtype == dtype
-    torch.testing.assert_close(weight, exact.float().to(dtype), rtol=0, atol=0)
-    torch.testing.assert_close(bias, exact_bias.float().to(dtype), rtol=0, atol=0)
+    weight, bias = fold.fold(net[0], fold.Sources.of(net[0], net[1]))
+    exact = copy.deepcopy(net).double()
+    exact_weight, exact_bias = fold.fold(exact[0], fold.Sources.of(exact[0], exact[1]))
+    assert weight.dtype == dtype and bias.dtype == torch.float32
+    torch.testing.assert_close(weight, exact_weight.float().to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(bias, exact_bias.float())
     assert net(torch.randn(2, 4, 6, 6, dtype=dtype)).dtype == dtype
 
 

@@ -18,8 +18,8 @@ PERIODIC += [(2 * 2**24 * 4, 2**24, 4)]  # more columns than a grid has rows
 PERIODIC += [(3 * 7, 3, 7), (2 * 4096 * 4, 4096, 4), (2**33, 256, 1)]
 
 
-def plan(layout: tuple[int, int, int], sums: bool = False, multiprocessors: int = 132) -> dict:
-    return _C.launch_plan(*layout, sums=sums, multiprocessors=multiprocessors)
+def plan(layout: tuple[int, int, int], summing: int = 0) -> dict:
+    return _C.launch_plan(*layout, summing)
 
 
 @pytest.mark.parametrize("layout", PLANAR)
@@ -41,12 +41,11 @@ def test_each_run_has_a_partial_row_for_every_tile_that_it_touches(layout):
     assert chosen["partial_width"] == channels
 
 
-@pytest.mark.parametrize("sums", [False, True])
-@pytest.mark.parametrize("multiprocessors", [1, 40, 132])
+@pytest.mark.parametrize("summing", [0, 1, 40, 132])
 @pytest.mark.parametrize("layout", PERIODIC)
-def test_shorter_runs_go_column_by_column(layout, multiprocessors, sums):
+def test_shorter_runs_go_column_by_column(layout, summing):
     _, channels, inner = layout
-    chosen = plan(layout, sums, multiprocessors)
+    chosen = plan(layout, summing)
     assert chosen["variant"] == "periodic"
     assert chosen["columns"] * PACK % (channels * inner) == 0
     (grid_x, grid_y), (block_x, block_y) = chosen["grid"], chosen["block"]
@@ -73,14 +72,14 @@ def test_a_large_tensor_fills_the_device_again_and_again():
 
 
 def test_with_sums_it_fills_the_device_twice_and_leaves_few_partial_rows():
-    chosen = plan(LARGE, sums=True)
+    chosen = plan(LARGE, summing=132)
     assert math.prod(chosen["grid"]) == 8 * 132
     assert chosen["partial_rows"] == 8 * 132
 
 
-@pytest.mark.parametrize("sums", [False, True])
-def test_a_thread_uses_its_coefficients_for_several_packs(sums):
+@pytest.mark.parametrize("summing", [0, 132])
+def test_a_thread_uses_its_coefficients_for_several_packs(summing):
     numel, channels = 2 * 1024 * 3800, 1024
-    chosen = plan((numel, channels, 1), sums)
+    chosen = plan((numel, channels, 1), summing)
     threads = math.prod((*chosen["grid"], *chosen["block"]))
     assert numel / PACK / threads >= 3.5

@@ -80,8 +80,7 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   check_kernel_dtype(op, "input", a.input);
   const Device device(a.input);
   if (layout.numel == 0) return;
-  const LaunchPlan plan =
-      plan_launch(layout, false, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
+  const LaunchPlan plan = plan_launch(layout, 0, FROZEN_BN_FORCE_WIDE);
   ForwardPairParams params{};
   params.input = a.input.data_ptr();
   params.residual = data_or_null(a.residual);
@@ -127,7 +126,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
   }
   const bool wants_sums = a.grad_weight || a.grad_bias;
   const LaunchPlan plan =
-      plan_launch(layout, wants_sums, device.multiprocessors(), FROZEN_BN_FORCE_WIDE);
+      plan_launch(layout, wants_sums ? device.multiprocessors() : 0, FROZEN_BN_FORCE_WIDE);
   OptionalTensor partial_sums;
   if (wants_sums) {
     partial_sums = torch::stable::new_empty(

@@ -15,7 +15,6 @@ import frozen_bn
 
 from .runtime import Emulator
 
-_EVERY_MULTIPROCESSOR = 1 << 14  # as many blocks as there is work for
 _TILE, _PACK = 4096, 8
 _RELU = frozen_bn.checks.ACTIVATIONS.index("relu")
 
@@ -48,9 +47,7 @@ class Huge:
             last_channel = (self.numel - self.inner) // _TILE
             tiles = ((1 << 31) // _TILE, last_channel, (self.numel - 1) // _TILE)
             return {t: [slice(t * _TILE, min((t + 1) * _TILE, self.numel))] for t in tiles}
-        plan = frozen_bn._C.launch_plan(
-            self.numel, self.channels, 1, sums=False, multiprocessors=_EVERY_MULTIPROCESSOR
-        )
+        plan = frozen_bn._C.launch_plan(self.numel, self.channels, 1, summing=0)
         (parts, rows_of_blocks), (width, height) = plan["grid"], plan["block"]
         assert parts == 1 and width * _PACK == self.channels  # the rows of a block are one piece
         size, step = self.channels * height, self.channels * height * rows_of_blocks
@@ -70,7 +67,6 @@ def compare(emulator: Emulator, huge: Huge) -> None:
     x, residual, output = (huge.tensor() for _ in range(3))
     mask = huge.tensor(torch.uint8, share=_PACK)
     shape = (1, huge.channels, huge.inner) if huge.planar else (huge.inner, huge.channels)
-    emulator.set_multiprocessors(_EVERY_MULTIPROCESSOR)
     try:
         for block, windows in huge.launches().items():
             for tensor in (x, residual):
@@ -91,4 +87,3 @@ def compare(emulator: Emulator, huge: Huge) -> None:
                 torch.testing.assert_close(output[window], z.relu().half(), rtol=2e-3, atol=2e-3)
     finally:
         emulator.part = None
-        emulator.set_multiprocessors()
