@@ -94,6 +94,8 @@ def fold(conv: nn.Module, sources: Sources) -> tuple[Tensor, Tensor]:
     mean = mean.to(dtype)
     if conv_bias is not None:
         mean = mean - conv_bias.to(dtype)
+    elif scale.requires_grad:
+        mean = mean.clone()  # which autograd saves, while DDP may write to the buffer
     if bn_bias is not None:
         bias = torch.addcmul(bn_bias.to(dtype), mean, scale, value=-1)
     else:

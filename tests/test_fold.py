@@ -100,6 +100,22 @@ def test_gradients_are_exact(kind):
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("freeze_affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_statistics_may_be_written_to_before_the_backward_pass(bias, freeze_affine):
+    """DistributedDataParallel does, where there are two forwards before one backward."""
+    net = convert_frozen_bn(
+        pair(nn.Conv2d, 2, bias=bias), freeze_affine=freeze_affine, fold_conv=True
+    )
+    x = torch.randn(2, 4, 6, 6)
+    expected = torch.autograd.grad(net(x).square().sum(), [*net.parameters()])
+    output = net(x)
+    for statistic in (net[1].running_mean, net[1].running_var):
+        statistic.add_(1.0)
+    actual = torch.autograd.grad(output.square().sum(), [*net.parameters()])
+    torch.testing.assert_close(actual, expected)
+
+
 class Biases(TorchDispatchMode):
     """Of the convolutions that run."""
 
