@@ -97,9 +97,10 @@ def apart(function: Callable[[], Result], device: torch.device) -> Result:
 
     Every fork finds the heap as it was, so that no row depends on the rows before it: where an
     earlier one has left a large hole, an output fits in there and skips the page faults that it
-    costs otherwise. This process must not have run any parallel torch operation.
+    costs otherwise. This process must not have run any parallel torch operation. Where there
+    is a GPU, autograd refuses to run in a fork after it has run before it: ``function`` runs here.
     """
-    if device.type != "cpu" or not hasattr(os, "fork"):
+    if device.type != "cpu" or torch.cuda.is_available() or not hasattr(os, "fork"):
         return function()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
