@@ -20,38 +20,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import fold, merged
+from . import activations, fold, merged
+from .activations import Activation
 from .guards import Children, Guard, Held, once
 from .modules import Fate, _FrozenBatchNorm
 from .source import CannotTrace
 from .trace import is_plain_sequential, trace
 from .traced import Key, Traced, TracedForward, has_hooks
-
-ACTIVATION_MODULES: dict[type[nn.Module], str | None] = {
-    nn.Identity: None,
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-}
-
-_ACTIVATION_FUNCTIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu6: "relu6",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    "relu": "relu",  # methods
-    "relu_": "relu",
-}
 
 _ADDITIONS = {operator.add, torch.add, "add"}
 _ADDITIONS_INTO = {operator.iadd, "add_"}
@@ -132,21 +110,14 @@ class _Matcher:
             return None
         return node if fold.is_normalized_by(module, bn_module) else None
 
-    def activation(self, node: fx.Node) -> tuple[str, float] | None:
-        """Its name and slope, if ``node`` is one, of one tensor."""
+    def activation(self, node: fx.Node) -> Activation | None:
+        """Which ``node`` is, of one tensor, if it is one."""
         if node.op == "call_module":
             module = self.module(node)
-            name = ACTIVATION_MODULES.get(type(module)) if module else None
-            return (name, getattr(module, "negative_slope", 0.01)) if name else None
-        name = _ACTIVATION_FUNCTIONS.get(node.target)
-        options = dict(zip(("input", "negative_slope", "inplace"), node.args, strict=False))
-        options |= node.kwargs
-        if name is None or not {*options} <= {"input", "negative_slope", "inplace"}:
-            return None
-        slope = options.get("negative_slope", 0.01)
-        if name != "leaky_relu":
-            return name, 0.01
-        return (name, slope) if isinstance(slope, float) else None
+            found = activations.of_module(module) if module else None
+        else:
+            found = activations.of_call(node.target, node.args, node.kwargs)
+        return found if found and found.name else None
 
     def can_wait(self, bn: fx.Node, until: fx.Node) -> bool:
         """Whether ``bn`` can be computed as late as ``until``: nothing in between can write to its

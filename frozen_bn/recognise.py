@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .fuse import ACTIVATION_MODULES
+from . import activations
 from .modules import (
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
@@ -35,12 +35,6 @@ _LIBRARY_CLASSES = (
     ("timm.layers.norm_act", "SyncBatchNormAct", ("act", "drop")),
     ("timm.layers.norm_act", "FrozenBatchNormAct2d", ("act", "drop")),
 )
-
-#: Activations of other libraries that there are kernels for: module, name.
-_LIBRARY_ACTIVATIONS = {
-    ("timm.layers.activations", "Swish"): "silu",
-    ("timm.layers.activations", "HardSwish"): "hardswish",
-}
 
 #: Of those classes that have no attribute for it.
 _FIXED_EPS = 1e-5
@@ -122,12 +116,6 @@ def _is_plain(module: nn.Module) -> bool:
     return not hooks and "forward" not in vars(module)
 
 
-def _activations() -> dict[object, str | None]:
-    """The name of each that there is a kernel for, by class."""
-    known: dict[object, str | None] = dict(ACTIVATION_MODULES.items())
-    return known | {_defined(*place): name for place, name in _LIBRARY_ACTIVATIONS.items()}
-
-
 def recognise(module: nn.Module) -> Recognised:
     """What the batch normalization ``module`` becomes.
 
@@ -138,10 +126,9 @@ def recognise(module: nn.Module) -> Recognised:
     _check_unaltered(module)
     eps: Any = getattr(module, "eps", _FIXED_EPS)
     act, drop = (module._modules.get(name) or nn.Identity() for name in ("act", "drop"))
-    known = _activations()
-    if type(drop) is nn.Identity and type(act) in known and _is_plain(drop) and _is_plain(act):
-        slope: Any = getattr(act, "negative_slope", 0.01)
-        return Recognised(frozen_class, eps, known[type(act)], slope)
+    activation = activations.of_module(act)
+    if activation and type(drop) is nn.Identity and _is_plain(drop) and _is_plain(act):
+        return Recognised(frozen_class, eps, *activation)
     return Recognised(FrozenBatchNormAct2d, eps, submodules=module._modules)
 
 

@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import frozen_bn
+from frozen_bn import checks
 
 VECTORS = ["weight", "bias", "running_mean", "running_var"]
-ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"]
+ACTIVATIONS = [*checks.ACTIVATIONS]
+PIECEWISE_LINEAR = [name for code, name in enumerate(ACTIVATIONS) if code in checks.MASKED]
+SMOOTH = [name for code, name in enumerate(ACTIVATIONS) if code in checks.SMOOTH]
 
 
 def make_generator(seed: int) -> torch.Generator:

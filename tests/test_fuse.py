@@ -32,6 +32,8 @@ class Parts(nn.Module):
         self.relu = nn.ReLU()
         self.into = nn.ReLU(inplace=True)
         self.leaky = nn.LeakyReLU(0.3)
+        self.relu3 = nn.ReLU6()
+        self.relu3.max_val = 3.0
         self.identity = nn.Identity()
         self.drop = nn.Dropout(0.5)
         self.branch = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
@@ -327,6 +329,7 @@ UNMERGED: dict[str, Forward] = {
     "threshold": lambda s, x: F.threshold(x_a(s, x), 0.1, 0.0),
     "subtraction": lambda s, x: x_a(s, x) - x,
     "integer slope": lambda s, x: F.leaky_relu(x_a(s, x), 0),
+    "another limit": lambda s, x: s.relu3(x_a(s, x)),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, CPU_LEVELS
+from helpers import ACTIVATIONS, CPU_LEVELS, PIECEWISE_LINEAR, SMOOTH
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,7 +21,6 @@ from frozen_bn import _C, frozen_batch_norm, ops, reference
 C = 5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-MASKED, SMOOTH = {"relu", "relu6", "leaky_relu"}, {"silu", "hardswish"}
 
 
 def make_input(dtype=torch.float32, channels_last=False, shape=(2, C, 3, 7)) -> Tensor:
@@ -44,7 +43,7 @@ def sample_forward(
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     coefficients = torch.empty(4, C, dtype=arithmetic) if training else None
     mask = None
-    if training and activation in MASKED:
+    if training and activation in PIECEWISE_LINEAR:
         mask = torch.empty(-(-x.numel() // 8), dtype=torch.uint8)
     return (
         *(x, mean, var, weight if affine else None, bias if affine else None),

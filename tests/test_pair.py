@@ -20,7 +20,7 @@ from exact import (
     make_statistics,
     terms_of,
 )
-from helpers import ACTIVATIONS
+from helpers import ACTIVATIONS, PIECEWISE_LINEAR, SMOOTH
 from torch import Tensor
 
 from frozen_bn import reference
@@ -42,7 +42,6 @@ SHAPES = [
     (1, 2048, 49),
     (2, 2048, 1),
 ]
-SMOOTH, PIECEWISE_LINEAR = ["silu", "hardswish"], ["relu", "relu6", "leaky_relu"]
 BRANCHES = ("input", "residual")
 channels_last = pytest.mark.parametrize("channels_last", [False, True])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -293,7 +292,7 @@ def test_gradcheck(trainable, activation):
     assert torch.autograd.gradcheck(*function_of(trainable, activation=activation))
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "hardswish"])
+@activations
 @trainables
 def test_gradgradcheck(trainable, activation):
     assert torch.autograd.gradgradcheck(*function_of(trainable, activation=activation))

@@ -14,7 +14,7 @@ from exact import (
     terms_of,
     unit_in_last_place,
 )
-from helpers import ACTIVATIONS, CPU_LEVELS, make_generator
+from helpers import ACTIVATIONS, CPU_LEVELS, SMOOTH, make_generator
 from torch import Tensor
 
 from frozen_bn import frozen_batch_norm, reference
@@ -137,7 +137,7 @@ def allowed_errors(case: Case, tensors: dict[str, Tensor], g: Tensor, terms: Ten
     scale = rstd * tensors["weight"].double().reshape(shape).abs() if "weight" in tensors else rstd
     centred = (tensors["input"].double() - tensors["running_mean"].double().reshape(shape)).abs()
     slope = max(1.2, abs(case.negative_slope))
-    if case.activation in ("silu", "hardswish"):
+    if case.activation in SMOOTH:
         slope = slope + terms  # whose slope has the rounding of the pre-activation
     g = g.double().abs() * slope
     terms = {"input": g * scale, "residual": g, "weight": g * centred * rstd, "bias": g}

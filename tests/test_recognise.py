@@ -140,12 +140,18 @@ def patched(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def limited(layer: nn.Module) -> nn.Module:
+    layer.act.max_val = 3.0
+    return layer
+
+
 #: Activations that there is no kernel for, or that somebody would miss.
 KEPT = {
     "gelu": lambda kind: timm_layer(kind, act_layer="gelu"),
     "mish": lambda kind: timm_layer(kind, act_layer="mish"),
     "sigmoid-in-place": lambda kind: timm_layer(kind, act_layer="sigmoid", inplace=True),
     "prelu": lambda kind: timm_layer(kind, act_layer="prelu"),
+    "another limit": lambda kind: limited(timm_layer(kind, act_layer="relu6")),
     "hooked": lambda kind: hooked(timm_layer(kind)),
     "patched": lambda kind: patched(timm_layer(kind)),
 }

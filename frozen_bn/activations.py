@@ -1,0 +1,83 @@
+"""The activations that there are kernels for, as networks spell them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_MODULES: dict[type[nn.Module], str | None] = {
+    nn.Identity: None,
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+#: Those of other libraries, which are there if these have been imported: module, name.
+_LIBRARY_MODULES = {
+    ("timm.layers.activations", "Swish"): "silu",
+    ("timm.layers.activations", "HardSwish"): "hardswish",
+}
+
+_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    "relu": "relu",  # methods
+    "relu_": "relu",
+}
+
+
+class Activation(NamedTuple):
+    """What the kernels take."""
+
+    name: str | None
+    negative_slope: float = 0.01
+
+
+def _has_usual_options(module: nn.Module) -> bool:
+    """Whether it was made with what the kernels take for granted."""
+    passed_on = ("negative_slope", "inplace", "training")
+    usual = vars(type(module)()).items()
+    return all(
+        vars(module).get(name) == value
+        for name, value in usual
+        if not name.startswith("_") and name not in passed_on
+    )
+
+
+def of_module(module: nn.Module) -> Activation | None:
+    """What ``module`` computes, an identity included; ``None`` where there is no kernel for it."""
+    known: dict[object, str | None] = {**_MODULES}
+    for (library, name), activation in _LIBRARY_MODULES.items():
+        known[getattr(sys.modules.get(library), name, None)] = activation
+    if type(module) not in known or not _has_usual_options(module):
+        return None
+    slope: Any = getattr(module, "negative_slope", 0.01)
+    return Activation(known[type(module)], slope)
+
+
+def of_call(
+    function: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Activation | None:
+    """The same of a call of a function, or of a tensor's method by its name."""
+    name = _FUNCTIONS.get(function)
+    names = ("input", "negative_slope", "inplace") if name == "leaky_relu" else ("input", "inplace")
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    slope, inplace = options.get("negative_slope", 0.01), options.get("inplace", False)
+    if name is None or len(args) > len(names) or not {*options} <= {*names}:
+        return None
+    if not isinstance(slope, float) or not isinstance(inplace, bool):
+        return None
+    return Activation(name, slope)
