@@ -59,7 +59,7 @@ def _has_usual_options(module: nn.Module) -> bool:
 
 def of_module(module: nn.Module) -> Activation | None:
     """What ``module`` computes, an identity included; ``None`` where there is no kernel for it."""
-    known: dict[object, str | None] = {**_MODULES}
+    known: dict[object, str | None] = dict(_MODULES.items())
     for (library, name), activation in _LIBRARY_MODULES.items():
         known[getattr(sys.modules.get(library), name, None)] = activation
     if type(module) not in known or not _has_usual_options(module):
