@@ -98,7 +98,8 @@ def apart(function: Callable[[], Result], device: torch.device) -> Result:
     Every fork finds the heap as it was, so that no row depends on the rows before it: where an
     earlier one has left a large hole, an output fits in there and skips the page faults that it
     costs otherwise. This process must not have run any parallel torch operation. Where there
-    is a GPU, autograd refuses to run in a fork after it has run before it: ``function`` runs here.
+    is a GPU, torch refuses autograd in the fork of a process that has run it, and ``function`` runs
+    in this one.
     """
     if device.type != "cpu" or torch.cuda.is_available() or not hasattr(os, "fork"):
         return function()

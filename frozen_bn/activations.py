@@ -39,21 +39,29 @@ _FUNCTIONS = {
 }
 
 
+_SLOPE = 0.01  # of a leaky_relu, unless it says something else
+
+
 class Activation(NamedTuple):
     """What the kernels take."""
 
     name: str | None
-    negative_slope: float = 0.01
+    negative_slope: float = _SLOPE
+
+
+def _checked(name: str | None, slope: object) -> Activation | None:
+    # fx writes the slope into the source of a fused forward: a number as Python has it.
+    return Activation(name, float(slope)) if type(slope) in (int, float) else None  # type: ignore[arg-type]
 
 
 def _has_usual_options(module: nn.Module) -> bool:
-    """Whether it was made with what the kernels take for granted."""
-    passed_on = ("negative_slope", "inplace", "training")
+    """Whether what it was made with is what the kernels compute. They are told the slope."""
+    regardless = ("negative_slope", "inplace", "training")
     usual = vars(type(module)()).items()
     return all(
         vars(module).get(name) == value
         for name, value in usual
-        if not name.startswith("_") and name not in passed_on
+        if not name.startswith("_") and name not in regardless
     )
 
 
@@ -64,8 +72,7 @@ def of_module(module: nn.Module) -> Activation | None:
         known[getattr(sys.modules.get(library), name, None)] = activation
     if type(module) not in known or not _has_usual_options(module):
         return None
-    slope: Any = getattr(module, "negative_slope", 0.01)
-    return Activation(known[type(module)], slope)
+    return _checked(known[type(module)], getattr(module, "negative_slope", _SLOPE))
 
 
 def of_call(
@@ -75,9 +82,6 @@ def of_call(
     name = _FUNCTIONS.get(function)
     names = ("input", "negative_slope", "inplace") if name == "leaky_relu" else ("input", "inplace")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
-    slope, inplace = options.get("negative_slope", 0.01), options.get("inplace", False)
     if name is None or len(args) > len(names) or not {*options} <= {*names}:
         return None
-    if not isinstance(slope, float) or not isinstance(inplace, bool):
-        return None
-    return Activation(name, slope)
+    return _checked(name, options.get("negative_slope", _SLOPE))

@@ -89,7 +89,7 @@ class TracedForward:
         self._arity = len(inspect.signature(type(owner).forward).parameters) - 1
         self._arity -= len(optional_arguments(owner))
         self._parts = [*parts]
-        told = ("activation", "negative_slope", "forward")
+        told = ("activation", "negative_slope", "min_val", "max_val", "forward")
         self._told: list[Guard] = [
             Held(part, None, name, vars(part).get(name, absent))
             for part in self._parts

@@ -32,8 +32,9 @@ class Parts(nn.Module):
         self.relu = nn.ReLU()
         self.into = nn.ReLU(inplace=True)
         self.leaky = nn.LeakyReLU(0.3)
-        self.relu3 = nn.ReLU6()
+        self.relu6, self.relu3 = nn.ReLU6(), nn.ReLU6()
         self.relu3.max_val = 3.0
+        self.odd = nn.LeakyReLU(torch.tensor(0.3))
         self.identity = nn.Identity()
         self.drop = nn.Dropout(0.5)
         self.branch = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
@@ -122,6 +123,7 @@ ACTIVATION_SPELLINGS: dict[str, tuple[str, Forward]] = {
     "F.relu6": ("relu6", lambda s, x: F.relu6(x_a(s, x))),
     "F.leaky_relu": ("leaky_relu", lambda s, x: F.leaky_relu(x_a(s, x))),
     "F.leaky_relu 0.3": ("leaky_relu", lambda s, x: F.leaky_relu(x_a(s, x), 0.3)),
+    "F.leaky_relu 0": ("leaky_relu", lambda s, x: F.leaky_relu(x_a(s, x), 0)),
     "F.leaky_relu keyword": (
         "leaky_relu",
         lambda s, x: F.leaky_relu(x_a(s, x), negative_slope=0.3, inplace=True),
@@ -328,9 +330,17 @@ UNMERGED: dict[str, Forward] = {
     "gelu": lambda s, x: F.gelu(x_a(s, x)),
     "threshold": lambda s, x: F.threshold(x_a(s, x), 0.1, 0.0),
     "subtraction": lambda s, x: x_a(s, x) - x,
-    "integer slope": lambda s, x: F.leaky_relu(x_a(s, x), 0),
     "another limit": lambda s, x: s.relu3(x_a(s, x)),
+    "slope that is a tensor": lambda s, x: s.odd(x_a(s, x)),
 }
+
+
+def test_a_limit_that_changes_later_is_obeyed():
+    net, plain = (block(lambda s, x: s.relu6(x_a(s, x)), fuse=fuse) for fuse in (True, False))
+    assert merged(net) == {"bn_a": "relu6"}
+    for module in (net, plain):
+        module.relu6.max_val = 0.5
+    assert_same(net, plain)
 
 
 @pytest.mark.parametrize("case", UNMERGED)

@@ -174,7 +174,7 @@ RUNS = {
 def test_a_fork_runs(run):
     script = FORKING.format(path=[str(Path(__file__).parent)], shape=LARGE, run=run)
     command = [sys.executable, "-c", script]
-    # Where there is a GPU, autograd refuses to run in a fork after it has run before it.
+    # Where there is a GPU, torch refuses autograd in the fork of a process that has run it.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, check=False, env=environment

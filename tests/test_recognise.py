@@ -1,6 +1,6 @@
 """Which modules of which library convert_frozen_bn freezes, and which it leaves alone. On the CPU.
 
-Torch's own classes are in test_convert.py, whole models in test_ecosystem.py.
+Torch's own classes are in test_convert.py and test_convert_refused.py, models in test_ecosystem.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import pathlib
 import pickle
 import re
 import types
-import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
+from batch_norms import messages
 from helpers import (
     ACTIVATIONS,
     VECTORS,
@@ -35,13 +34,6 @@ IMAGE = (2, C, 5, 5)
 TIMM = ["BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"]
 
 every_timm_class = pytest.mark.parametrize("kind", TIMM)
-
-
-def messages(function: Callable[[], object]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function()
-    return [str(warning.message) for warning in caught]
 
 
 def assert_freezes(layer: nn.Module, x: Tensor | None = None) -> nn.Module:
@@ -128,6 +120,12 @@ def test_timms_own_activations_go_into_the_kernel_too(name, expected):
     frozen = assert_freezes(timm_layer("BatchNormAct2d", act_layer=getattr(activations, name)))
     assert type(frozen) is FrozenBatchNorm2d
     assert frozen.activation == expected
+    net = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), getattr(activations, name)())
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    plain = convert_frozen_bn(randomize_(net).double())
+    fused = convert_frozen_bn(copy.deepcopy(plain), fuse=True)
+    assert merged(fused) == {"1": expected}
+    assert_close_in_norm(outputs_and_gradients(fused, x), outputs_and_gradients(plain, x), 1e-12)
 
 
 def hooked(layer: nn.Module) -> nn.Module:
