@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_MODULES: dict[type[nn.Module], str | None] = {
+_MODULES: dict[object, str | None] = {
     nn.Identity: None,
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -19,7 +19,7 @@ _MODULES: dict[type[nn.Module], str | None] = {
     nn.Hardswish: "hardswish",
 }
 
-#: Those of other libraries, which are there if these have been imported: module, name.
+#: Those of other libraries: module, name.
 _LIBRARY_MODULES = {
     ("timm.layers.activations", "Swish"): "silu",
     ("timm.layers.activations", "HardSwish"): "hardswish",
@@ -49,6 +49,11 @@ class Activation(NamedTuple):
     negative_slope: float = _SLOPE
 
 
+def defined(module: str, name: str) -> object:
+    """What a library defines; a model can only contain its class if it has been imported."""
+    return getattr(sys.modules.get(module), name, None)
+
+
 def _checked(name: str | None, slope: object) -> Activation | None:
     # fx writes the slope into the source of a fused forward: a number as Python has it.
     return Activation(name, float(slope)) if type(slope) in (int, float) else None  # type: ignore[arg-type]
@@ -67,9 +72,7 @@ def _has_usual_options(module: nn.Module) -> bool:
 
 def of_module(module: nn.Module) -> Activation | None:
     """What ``module`` computes, an identity included; ``None`` where there is no kernel for it."""
-    known: dict[object, str | None] = dict(_MODULES.items())
-    for (library, name), activation in _LIBRARY_MODULES.items():
-        known[getattr(sys.modules.get(library), name, None)] = activation
+    known = _MODULES | {defined(*place): name for place, name in _LIBRARY_MODULES.items()}
     if type(module) not in known or not _has_usual_options(module):
         return None
     return _checked(known[type(module)], getattr(module, "negative_slope", _SLOPE))

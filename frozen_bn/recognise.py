@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import activations
+from .activations import defined
 from .modules import (
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
@@ -54,11 +54,6 @@ class Recognised(NamedTuple):
     submodules: Mapping[str, nn.Module | None] = {}  # that it keeps
 
 
-def _defined(module: str, name: str) -> object:
-    # A model can only contain a class if its library has been imported.
-    return getattr(sys.modules.get(module), name, None)
-
-
 def _is_of_transformers(kind: type[nn.Module]) -> bool:
     """DetrFrozenBatchNorm2d and its copies: every detector there has one of its own, line by line
     the same, under the model's name."""
@@ -66,14 +61,14 @@ def _is_of_transformers(kind: type[nn.Module]) -> bool:
     return (
         module.startswith("transformers.models.")
         and name.endswith("FrozenBatchNorm2d")
-        and kind is _defined(module, name)
+        and kind is defined(module, name)
     )
 
 
 def _submodules_of_library_class(kind: type[nn.Module]) -> tuple[str, ...] | None:
     """What a class of another library holds besides its vectors; None for any other class."""
     for module, name, submodules in _LIBRARY_CLASSES:
-        if kind is _defined(module, name):
+        if kind is defined(module, name):
             return submodules
     return () if _is_of_transformers(kind) else None
 

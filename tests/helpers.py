@@ -7,12 +7,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import frozen_bn
-from frozen_bn import checks
 
 VECTORS = ["weight", "bias", "running_mean", "running_var"]
-ACTIVATIONS = [*checks.ACTIVATIONS]
-PIECEWISE_LINEAR = [name for code, name in enumerate(ACTIVATIONS) if code in checks.MASKED]
-SMOOTH = [name for code, name in enumerate(ACTIVATIONS) if code in checks.SMOOTH]
+PIECEWISE_LINEAR, SMOOTH = ["relu", "relu6", "leaky_relu"], ["silu", "hardswish"]
+ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"]
 
 
 def make_generator(seed: int) -> torch.Generator:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ACTIVATIONS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -204,9 +203,10 @@ def test_unknown_activation_is_a_value_error_that_lists_the_known_ones(activatio
         arguments = good_arguments()
         with nothing_modified(arguments), pytest.raises(ValueError) as error:
             call(**arguments, activation=activation)
-    known = ", ".join(map(repr, ACTIVATIONS))
-    expected = f"frozen_bn::forward: expected activation to be one of {known}, but got"
-    assert str(error.value) == f"{expected} {activation!r}"
+    assert str(error.value) == (
+        "frozen_bn::forward: expected activation to be one of None, 'relu', 'relu6', "
+        f"'leaky_relu', 'silu', 'hardswish', but got {activation!r}"
+    )
 
 
 def test_unknown_activation_of_a_module_is_told_when_it_is_made():

@@ -157,7 +157,7 @@ def test_half_precision_is_folded_in_float32_and_rounded_once(dtype):
     exact_weight, exact_bias = fold.fold(exact[0], fold.Sources.of(exact[0], exact[1]))
     assert weight.dtype == dtype and bias.dtype == torch.float32
     torch.testing.assert_close(weight, exact_weight.float().to(dtype), rtol=0, atol=0)
-    torch.testing.assert_close(bias, exact_bias.float())
+    torch.testing.assert_close(bias.to(dtype), exact_bias.float().to(dtype), rtol=0, atol=0)
     assert net(torch.randn(2, 4, 6, 6, dtype=dtype)).dtype == dtype
 
 

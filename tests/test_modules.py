@@ -136,8 +136,7 @@ def test_wrong_rank_names_expected_and_received(frozen_class, shape, expected, m
 @pytest.mark.parametrize("activation", ["gelu", "ReLU", "", 1, []])
 @pytest.mark.parametrize("frozen_class", FROZEN)
 def test_unknown_activation_is_refused_when_made(frozen_class, activation):
-    known = ", ".join(map(repr, ACTIVATIONS))
-    with pytest.raises(ValueError, match=f"one of {known}, but got"):
+    with pytest.raises(ValueError, match=r"one of None, 'relu', .*'hardswish', but got"):
         frozen_class(C, activation=activation)
 
 
