@@ -1,8 +1,11 @@
-# make demo   what frozen_bn does for you, on real input
-# make test   all tests
+# make demo       what frozen_bn does for you, on real input
+# make test       what a change can break
+# make test-all   that, and the long sweeps: those marked `long`, both packages, mutations
 #
-# Both make a virtual environment in .venv first, install torch there, and build the extension:
-# with its CUDA half where there are an nvcc and a CUDA torch.
+# All make a virtual environment in .venv first, install torch there, and build the extension: with
+# its CUDA half where there are an nvcc and a CUDA torch, for the GPU here or just one architecture.
+
+SHELL := bash -o pipefail
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -19,13 +22,21 @@ JOBS ?= 2
 # For ninja: without it on PATH, torch compiles one file after the other, and all of them every time.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
+# Which architectures to compile for where there is no GPU: just one. (dist: all.)
+export FROZEN_BN_CUDA_ARCHS ?= one
+
 RUN   := $(VENV)/bin/python
 PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
-.PHONY: build demo test sanitize dist wheel test-sdist checkstyle bench bench-model roofline compiled
+# Of what a build prints: how far it is, and what went wrong.
+PROGRESS := sed --unbuffered --silent --regexp-extended \
+	-e 's|^ *(\[[0-9]+/[0-9]+\]) .* -c [^ ]*(csrc/[^ ]*) .*|\1 \2|p' \
+	-e '/^ *frozen_bn: /p' -e '/(error|fatal).*:/Ip'
+
+.PHONY: build demo test test-all sanitize dist wheel test-sdist checkstyle bench bench-model roofline compiled
 .PHONY: mutations coverage every-model gpu-check clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/.torch
@@ -38,7 +49,8 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(PIP) --no-build-isolation --editable '.[test,benchmark,dev]'
+	$(RUN) -m pip install --verbose --disable-pip-version-check --no-build-isolation \
+		--editable '.[test,benchmark,dev]' 2>&1 | tee .venv/build.log | $(PROGRESS)
 	$(RUN) -m frozen_bn
 	touch $@
 
@@ -46,6 +58,9 @@ demo: build
 	$(RUN) -m benchmarks.demo
 
 test: build
+	$(PYTEST) -m 'not long'
+
+test-all: build test-sdist test-wheel-cpu mutations every-model
 	$(PYTEST)
 
 bench: build
@@ -80,6 +95,7 @@ every-model: build
 gpu-check: build
 	$(RUN) -m benchmarks.gpu_check
 
+dist: export FROZEN_BN_CUDA_ARCHS = all
 dist: build
 	rm -rf dist
 	$(RUN) -m build --sdist --no-isolation --outdir dist . > /dev/null
@@ -100,11 +116,13 @@ test-sdist: dist .venv-cpu/.torch
 	.venv-cpu/bin/python -P -m frozen_bn
 	.venv-cpu/bin/python -P -m pytest tests/test_modules.py tests/test_operators.py
 
-# All tests but of the emulated kernels, which are compiled from the sources.
+# All tests but of the emulated kernels, which are compiled from the sources; or just WHEEL_TESTS.
+WHEEL_TESTS ?= tests
+
 test-wheel-%: dist .venv-%/.torch
 	.venv-$*/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
 	.venv-$*/bin/python -P -m frozen_bn
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -P -m pytest -n $(JOBS) tests -k 'not emulat' \
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -P -m pytest -n $(JOBS) $(WHEEL_TESTS) -k 'not emulat' \
 		--ignore=tests/test_roofline.py --ignore=tests/test_compiled.py
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g

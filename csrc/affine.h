@@ -21,8 +21,9 @@
 
 namespace frozen_bn {
 
-// The order is that of ACTIVATIONS in frozen_bn/checks.py.
-enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish };
+// The order is that of ACTIVATIONS in frozen_bn/checks.py. kAnyRare is what a kernel is compiled
+// for in combinations that networks hardly have: any but none and ReLU, told apart at run time.
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish, kAnyRare };
 constexpr int64_t kActivations = 6;
 
 // Rows of the coefficients tensor, [kRows, C] in the dtype of the arithmetic: all that the
@@ -46,6 +47,11 @@ FROZEN_BN_INLINE constexpr bool needs_input(Activation a) {
 // The backward pass sees no difference between activations that block a gradient alike.
 FROZEN_BN_INLINE constexpr Activation gradient_kind(Activation a) {
   return a == Activation::kRelu6 ? Activation::kRelu : a;
+}
+
+// Whether a kernel for `a` may have to do with a smooth activation.
+FROZEN_BN_INLINE constexpr bool may_need_input(Activation a) {
+  return needs_input(a) || a == Activation::kAnyRare;
 }
 
 // Anonymous, because the CPU kernels compile this file once an instruction set: merged by the
@@ -158,21 +164,67 @@ FROZEN_BN_INLINE T derivative(T z) {
   }
 }
 
+template <Activation kAct>
+using ActivationConstant = std::integral_constant<Activation, kAct>;
+
+#define FROZEN_BN_CASE(A) \
+  case Activation::A: return f(ActivationConstant<Activation::A>{})
+
 // Calls f with the activation as a compile-time constant.
 template <class F>
 void dispatch_activation(Activation activation, F f) {
   switch (activation) {
-#define FROZEN_BN_CASE(A) \
-  case Activation::A: return f(std::integral_constant<Activation, Activation::A>{})
+    case Activation::kAnyRare:
+      return;  // never an argument
+      FROZEN_BN_CASE(kNone);
+      FROZEN_BN_CASE(kRelu);
+      FROZEN_BN_CASE(kRelu6);
+      FROZEN_BN_CASE(kLeakyRelu);
+      FROZEN_BN_CASE(kSilu);
+      FROZEN_BN_CASE(kHardswish);
+  }
+}
+
+// Likewise, of those that the backward pass tells apart.
+template <class F>
+void dispatch_gradient(Activation activation, F f) {
+  switch (activation) {
     FROZEN_BN_CASE(kNone);
-    FROZEN_BN_CASE(kRelu);
-    FROZEN_BN_CASE(kRelu6);
     FROZEN_BN_CASE(kLeakyRelu);
     FROZEN_BN_CASE(kSilu);
     FROZEN_BN_CASE(kHardswish);
-#undef FROZEN_BN_CASE
+    default: return f(ActivationConstant<Activation::kRelu>{});
   }
 }
+
+// Likewise, with all that is rare as one.
+template <class F>
+void dispatch_common(Activation activation, F f) {
+  switch (activation) {
+    FROZEN_BN_CASE(kNone);
+    FROZEN_BN_CASE(kRelu);
+    default: return f(ActivationConstant<Activation::kAnyRare>{});
+  }
+}
+
+// In a kernel for kAct: calls f with kAct, or with the one that `activation` says.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <Activation kAct, class F>
+FROZEN_BN_INLINE void with_activation(Activation activation, F f) {
+  if constexpr (kAct != Activation::kAnyRare) {
+    f(ActivationConstant<kAct>{});
+  } else {
+    switch (activation) {
+      FROZEN_BN_CASE(kRelu6);
+      FROZEN_BN_CASE(kLeakyRelu);
+      FROZEN_BN_CASE(kSilu);
+      default: return f(ActivationConstant<Activation::kHardswish>{});
+    }
+  }
+}
+#undef FROZEN_BN_CASE
 
 }  // namespace
 }  // namespace frozen_bn

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "built.h"  // written by setup.py
 #include "calls.h"
 #include "cpu/kernels.h"
 #include "launch_plan.h"
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_C, module) {
     info["torch"] = FROZEN_BN_BUILT_TORCH;
     info["cuda"] = FROZEN_BN_BUILT_CUDA;
     info["architectures"] = FROZEN_BN_BUILT_ARCHITECTURES;
+    info["why"] = FROZEN_BN_BUILT_WHY;
     info["compiler"] = __VERSION__;
     return info;
   });
@@ -60,7 +62,7 @@ PYBIND11_MODULE(_C, module) {
       },
       pybind11::arg("numel"), pybind11::arg("channels"), pybind11::arg("inner"),
       pybind11::arg("summing"));
-  module.def("cpu_level", [] { return std::string(cpu::kernels().name); });
+  module.def("cpu_level", [] { return std::string(cpu::level()); });
   module.def("select_cpu_level", [](const std::string& name) {
     if (!cpu::select_kernels(name.c_str())) {
       throw pybind11::value_error(

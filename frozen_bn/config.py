@@ -40,7 +40,7 @@ def show_config() -> str:
         "torch": f"{torch.__version__}, built with {built.get('torch', 'nothing')}",
         "compiler": built.get("compiler", "none"),
         "CUDA": f"torch has {torch.version.cuda}, built with {built.get('cuda', 'nothing')}",
-        "architectures": built.get("architectures", "none"),
+        "architectures": f"{built['architectures']} ({built['why']})" if built else "none",
         "CPU path": cpu,
         "CUDA path": cuda,
     }

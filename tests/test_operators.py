@@ -217,7 +217,7 @@ def test_show_config_names_versions_architectures_and_paths():
     assert config["frozen_bn"] == frozen_bn.__version__
     assert torch.__version__ in config["torch"] and built["torch"] in config["torch"]
     assert str(torch.version.cuda) in config["CUDA"] and built["cuda"] in config["CUDA"]
-    assert config["architectures"] == built["architectures"]
+    assert config["architectures"] == f"{built['architectures']} ({built['why']})"
     assert config["CPU path"] == f"kernels, {_C.cpu_level()}"
     assert config["CUDA path"].startswith("kernels" if "cuda" in ops.live else "plain PyTorch (")
     assert ("no GPU here" in config["CUDA path"]) == (not torch.cuda.is_available())

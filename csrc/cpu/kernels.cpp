@@ -9,6 +9,7 @@ namespace frozen_bn::cpu {
 extern const Kernels kPortableKernels;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FROZEN_BN_X86_KERNELS
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
@@ -18,7 +19,7 @@ namespace {
 
 const Kernels* find_kernels(const char* name) {
   const auto matches = [&](const Kernels& k) { return !name || !std::strcmp(name, k.name); };
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef FROZEN_BN_X86_KERNELS
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
@@ -39,8 +40,17 @@ std::atomic<const Kernels*>& selected() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  return *selected().load(std::memory_order_relaxed);
+const Kernels& kernels(Dtype dtype) {
+  if (dtype == Dtype::kDouble) return kPortableKernels;
+  const Kernels& found = *selected().load(std::memory_order_relaxed);
+#ifdef FROZEN_BN_X86_KERNELS
+  if (&found == &kAvx512Bf16Kernels && dtype != Dtype::kBFloat16) return kAvx512Kernels;
+#endif
+  return found;
+}
+
+const char* level() {
+  return selected().load(std::memory_order_relaxed)->name;
 }
 
 bool select_kernels(const char* name) {

@@ -38,6 +38,7 @@ struct ForwardParams {
   uint8_t* mask;  // or null; bit i % 8 of byte i / 8 is set where the gradient is blocked
   Layout layout;
   Coefficients coefficients;
+  Activation activation;
   double negative_slope;
   bool stream;
 };
@@ -51,6 +52,7 @@ struct BackwardParams {
   void* grad_residual;   // or null
   Layout layout;
   Coefficients coefficients;
+  Activation activation;
   double negative_slope;
   bool stream;
 };
@@ -78,13 +80,17 @@ struct CoefficientParams {
 struct Kernels {
   const char* name;
   void (*coefficients)(Dtype, const CoefficientParams&);
-  void (*forward)(Dtype, Activation, const ForwardParams&, int64_t begin, int64_t end);
-  void (*backward)(
-      Dtype, Activation, const BackwardParams&, int64_t begin, int64_t end, ChannelSums);
+  void (*forward)(Dtype, const ForwardParams&, int64_t begin, int64_t end);
+  void (*backward)(Dtype, const BackwardParams&, int64_t begin, int64_t end, ChannelSums);
 };
 
-// The best of the machine, unless another was selected.
-const Kernels& kernels();
+// The best of the machine for the type, unless others were selected. Those for float64, which is
+// there for gradient checks, are compiled for any machine and no other; and what AVX-512 BF16 adds
+// concerns bfloat16 alone.
+const Kernels& kernels(Dtype dtype);
+
+// The name of the best, or of those selected.
+const char* level();
 
 // "portable", "avx2", "avx512" or "avx512_bf16"; false if this machine cannot run it.
 bool select_kernels(const char* name);

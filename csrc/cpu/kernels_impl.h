@@ -67,6 +67,7 @@ struct ForwardBody {
   const S* residual;
   S* output;
   uint8_t* mask;
+  Activation activation;
   Vec<T> negative_slope;
   bool stream;
 
@@ -74,20 +75,31 @@ struct ForwardBody {
 
   template <class Slot>
   FROZEN_BN_INLINE void operator()(int64_t i, Slot, const Lanes& k) const {
-    store(output + i, finish(i, before(i, k)), stream);
+    const Vec<T> z = before(i, k);
+    with_activation<kAct>(activation, [&](auto act) __attribute__((always_inline)) {
+      if constexpr (needs_mask(act)) {
+        if (mask) {
+          const MaskBits bits = to_bits(blocked<act>(z));
+          std::memcpy(mask + (i >> 3), &bits, sizeof(bits));
+        }
+      }
+      store(output + i, activate<act>(z, negative_slope), stream);
+    });
   }
 
   template <class Slot>
   FROZEN_BN_INLINE void two(int64_t i, Slot, const Lanes& k, Slot, const Lanes& k2) const {
     const Vec<T> z = before(i, k), z2 = before(i + kLanes, k2);
-    if constexpr (needs_mask(kAct)) {
-      if (mask) {
-        const TwoMaskBits bits = both(to_bits(blocked<kAct>(z)), to_bits(blocked<kAct>(z2)));
-        std::memcpy(mask + (i >> 3), &bits, sizeof(bits));
+    with_activation<kAct>(activation, [&](auto act) __attribute__((always_inline)) {
+      if constexpr (needs_mask(act)) {
+        if (mask) {
+          const TwoMaskBits bits = both(to_bits(blocked<act>(z)), to_bits(blocked<act>(z2)));
+          std::memcpy(mask + (i >> 3), &bits, sizeof(bits));
+        }
       }
-    }
-    const Vec<T> y = activate<kAct>(z, negative_slope), y2 = activate<kAct>(z2, negative_slope);
-    store_two(output + i, y, y2, stream);
+      const Vec<T> y = activate<act>(z, negative_slope), y2 = activate<act>(z2, negative_slope);
+      store_two(output + i, y, y2, stream);
+    });
   }
 
   FROZEN_BN_INLINE Vec<T> before(int64_t i, const Lanes& k) const {
@@ -95,22 +107,12 @@ struct ForwardBody {
     return preactivation<S, kPair>(load(input + i), r, k);
   }
 
-  FROZEN_BN_INLINE Vec<T> finish(int64_t i, Vec<T> z) const {
-    if constexpr (needs_mask(kAct)) {
-      if (mask) {
-        const MaskBits bits = to_bits(blocked<kAct>(z));
-        std::memcpy(mask + (i >> 3), &bits, sizeof(bits));
-      }
-    }
-    return activate<kAct>(z, negative_slope);
-  }
-
   template <class Slot>
   __attribute__((noinline)) void partial(int64_t i, int64_t n, Slot slot, Lanes k) const {
     PartialPack<S> x(input, i, n), r(residual, i, n), y(nullptr, 0, 0);
     uint8_t bits[2] = {};
-    ForwardBody{x.values, r.or_null(residual), y.values, mask ? bits : nullptr, negative_slope,
-                false}(0, slot, k);
+    ForwardBody{x.values,   r.or_null(residual), y.values, mask ? bits : nullptr,
+                activation, negative_slope,      false}(0, slot, k);
     std::memcpy(output + i, y.values, n * sizeof(S));
     write_partial_mask(mask, i, n, bits);
   }
@@ -122,9 +124,13 @@ template <class S, Activation kAct, bool kPair>
 void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
   using T = acc_t<S>;
   ForwardBody<S, kAct, kPair> body{
-      static_cast<const S*>(p.input), static_cast<const S*>(p.residual),
-      static_cast<S*>(p.output),      p.mask,
-      splat<T>(p.negative_slope),     p.stream};
+      static_cast<const S*>(p.input),
+      static_cast<const S*>(p.residual),
+      static_cast<S*>(p.output),
+      p.mask,
+      p.activation,
+      splat<T>(p.negative_slope),
+      p.stream};
   if (p.coefficients.period == 0) {
     traverse_planar<T>(p.layout, p.coefficients, begin, end, body);
   } else {
@@ -223,6 +229,7 @@ struct BackwardBody {
   const S* residual;
   S* grad_input;
   S* grad_residual;
+  Activation activation;
   Vec<T> negative_slope;
   bool stream;
   Sums& sums;
@@ -262,15 +269,17 @@ struct BackwardBody {
     const Vec<T> zero{};
     Vec<T> g = load(grad_output + i);
     const Vec<T> x = input ? load(input + i) : zero;
-    if constexpr (needs_input(kAct)) {
-      const S* const r = kPair || residual ? residual + i : nullptr;
-      g *= derivative<kAct>(preactivation<S, kPair>(x, r, k));
-    } else if constexpr (needs_mask(kAct)) {
-      MaskBits bits;
-      std::memcpy(&bits, mask + (i >> 3), sizeof(bits));
-      const Vec<T> attenuated = kAct == Activation::kLeakyRelu ? g * negative_slope : zero;
-      g = select<T>(bits, attenuated, g);
-    }
+    with_activation<kAct>(activation, [&](auto act) __attribute__((always_inline)) {
+      if constexpr (needs_input(act)) {
+        const S* const r = kPair || residual ? residual + i : nullptr;
+        g *= derivative<act>(preactivation<S, kPair>(x, r, k));
+      } else if constexpr (needs_mask(act)) {
+        MaskBits bits;
+        std::memcpy(&bits, mask + (i >> 3), sizeof(bits));
+        const Vec<T> attenuated = act == Activation::kLeakyRelu ? g * negative_slope : zero;
+        g = select<T>(bits, attenuated, g);
+      }
+    });
     sums.add(g, g * (x - k.row[kMean]), slot);
     return g;
   }
@@ -288,6 +297,7 @@ struct BackwardBody {
         r.or_null(residual),
         dx.or_null(grad_input),
         dr.or_null(grad_residual),
+        activation,
         negative_slope,
         false,
         sums}(0, slot, k);
@@ -310,6 +320,7 @@ BackwardBody<S, kAct, kPair, Sums> backward_body(const BackwardParams& p, Sums& 
       static_cast<const S*>(p.residual),
       static_cast<S*>(p.grad_input),
       static_cast<S*>(p.grad_residual),
+      p.activation,
       splat<T>(p.negative_slope),
       p.stream,
       sums};
@@ -331,9 +342,7 @@ void backward_range(const BackwardParams& p, int64_t begin, int64_t end, Channel
   using T = acc_t<S>;
   const int64_t period = p.coefficients.period;
   NoSums none;
-  if (p.coefficients.pair) {
-    traverse_backward<S, kAct, true>(p, begin, end, none);
-  } else if (!totals.g) {
+  if (!totals.g) {
     traverse_backward<S, kAct, false>(p, begin, end, none);
   } else if (period == 0) {
     PlanarSums<T> sums{totals};
@@ -344,41 +353,53 @@ void backward_range(const BackwardParams& p, int64_t begin, int64_t end, Channel
     traverse_spread<T>(p.coefficients, begin, end, backward_body<S, kAct, false>(p, sums));
     sums.gather();
   }
-  if (p.stream) streaming_done();
 }
 
-// Calls f with a zero of the storage type and the activation as a compile-time constant.
+// Calls f with a zero of the storage type, if this instruction set has kernels of its own for it.
 template <class F>
-void dispatch(Dtype dtype, Activation activation, F f) {
-  const auto with_activation = [&](auto storage) {
-    dispatch_activation(activation, [&](auto act) { f(storage, act); });
-  };
+void dispatch(Dtype dtype, F f) {
   switch (dtype) {
-    case Dtype::kFloat: return with_activation(float{});
-    case Dtype::kHalf: return with_activation(Half{});
-    case Dtype::kBFloat16: return with_activation(BFloat16{});
-    case Dtype::kDouble: return with_activation(double{});
+#if FROZEN_BN_CPU_LEVEL < 3
+    case Dtype::kFloat: return f(float{});
+    case Dtype::kHalf: return f(Half{});
+#endif
+#if FROZEN_BN_CPU_LEVEL == 0
+    case Dtype::kDouble: return f(double{});
+#endif
+    default: return f(BFloat16{});
   }
 }
 
 void coefficients(Dtype dtype, const CoefficientParams& p) {
-  dtype == Dtype::kDouble ? compute_coefficients<double>(p) : compute_coefficients<float>(p);
+  dispatch(dtype, [&](auto storage) { compute_coefficients<acc_t<decltype(storage)>>(p); });
 }
 
-void forward(
-    Dtype dtype, Activation activation, const ForwardParams& p, int64_t begin, int64_t end) {
-  dispatch(dtype, activation, [&](auto storage, auto act) {
-    p.coefficients.pair ? forward_range<decltype(storage), act.value, true>(p, begin, end)
-                        : forward_range<decltype(storage), act.value, false>(p, begin, end);
+void forward(Dtype dtype, const ForwardParams& p, int64_t begin, int64_t end) {
+  dispatch(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (p.coefficients.pair) {
+      dispatch_common(p.activation, [&](auto act) { forward_range<S, act, true>(p, begin, end); });
+    } else {
+      dispatch_activation(
+          p.activation, [&](auto act) { forward_range<S, act, false>(p, begin, end); });
+    }
   });
 }
 
 void backward(
-    Dtype dtype, Activation activation, const BackwardParams& p, int64_t begin, int64_t end,
-    ChannelSums totals) {
-  dispatch(dtype, gradient_kind(activation), [&](auto storage, auto act) {
-    backward_range<decltype(storage), act.value>(p, begin, end, totals);
+    Dtype dtype, const BackwardParams& p, int64_t begin, int64_t end, ChannelSums totals) {
+  const Activation kind = gradient_kind(p.activation);
+  dispatch(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (p.coefficients.pair) {
+      NoSums none;
+      dispatch_common(
+          kind, [&](auto act) { traverse_backward<S, act, true>(p, begin, end, none); });
+    } else {
+      dispatch_gradient(kind, [&](auto act) { backward_range<S, act>(p, begin, end, totals); });
+    }
   });
+  if (p.stream) streaming_done();
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ void compute_coefficients(
   read_vector(s.bias, 0, channels, rows.bias);
   read_vector(s.var, 0, channels, var);
   read_vector(s.weight, 1, channels, weight);
-  kernels().coefficients(dtype, {var, weight, rows.scale, rows.inv_std, channels, s.eps});
+  kernels(dtype).coefficients(dtype, {var, weight, rows.scale, rows.inv_std, channels, s.eps});
 }
 
 // rows: [kRows, channels], or [kPairRows, channels]
@@ -207,6 +207,7 @@ auto with_arithmetic_type(const Tensor& t, F f) {
 void run_forward(const ForwardArguments& a, const Layout& layout) {
   const bool in_place = a.output.data_ptr() == a.input.data_ptr();
   const bool pair = a.residual_statistics.has_value();
+  const Dtype dtype = dtype_of(a.input);
   if (!in_place) advise_huge_pages(a.output);
   with_arithmetic_type(a.input, [&](auto zero) {
     using T = decltype(zero);
@@ -223,10 +224,11 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
         static_cast<uint8_t*>(data_or_null(a.mask)),
         layout,
         coefficients.view(),
+        a.activation,
         a.negative_slope,
         !in_place && should_stream(a.output)};
     for_each_range(layout.numel, [&](int64_t, int64_t begin, int64_t end) {
-      kernels().forward(dtype_of(a.input), a.activation, params, begin, end);
+      kernels(dtype).forward(dtype, params, begin, end);
     });
   });
 }
@@ -286,6 +288,7 @@ void write_affine_gradients(
 }
 
 void run_backward(const BackwardArguments& a, const Layout& layout) {
+  const Dtype dtype = dtype_of(a.grad_output);
   bool stream = true;
   for (const OptionalTensor& output : {a.grad_input, a.grad_residual}) {
     if (!output) continue;
@@ -306,6 +309,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
         data_or_null(a.grad_residual),
         layout,
         coefficients.view(),
+        a.activation,
         a.negative_slope,
         stream};
     RangeSums sums(
@@ -313,7 +317,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
         params.coefficients.period);
     for_each_range(layout.numel, [&](int64_t range, int64_t begin, int64_t end) {
       const ChannelSums of_range = wants_sums ? sums.of(range) : ChannelSums{};
-      kernels().backward(dtype_of(a.grad_output), a.activation, params, begin, end, of_range);
+      kernels(dtype).backward(dtype, params, begin, end, of_range);
     });
     if (wants_sums) write_affine_gradients<T>(a, sums.add_up(), layout.channels);
   });

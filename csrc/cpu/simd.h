@@ -146,14 +146,15 @@ FROZEN_BN_INLINE void stream_bytes(void* to, Vec<uint16_t> pack) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)pack);
 }
 #else
-FROZEN_BN_INLINE Vec<float> load(const Half* from) {
+// Lane by lane, so long that they are better called than written out everywhere.
+__attribute__((noinline)) Vec<float> load(const Half* from) {
   Vec<float> pack;
   for (int lane = 0; lane < kLanes; ++lane) {
     pack[lane] = c10::detail::fp16_ieee_to_fp32_value(static_cast<uint16_t>(from[lane]));
   }
   return pack;
 }
-FROZEN_BN_INLINE Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
+__attribute__((noinline)) Vec<uint16_t> to_storage(Vec<float> pack, Half*) {
   Vec<uint16_t> halves;
   for (int lane = 0; lane < kLanes; ++lane) {
     halves[lane] = c10::detail::fp16_ieee_from_fp32_value(pack[lane]);
@@ -349,7 +350,7 @@ struct Math<Vec<double>> {
   FROZEN_BN_INLINE static auto not_greater(V a, V b) {
     return ~(a > b);
   }
-  FROZEN_BN_INLINE static V exp(V x) {
+  __attribute__((noinline)) static V exp(V x) {
     for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::exp(x[lane]);
     return x;
   }

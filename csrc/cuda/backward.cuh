@@ -21,49 +21,58 @@ struct BackwardInputs {
   }
 };
 
-// add(lane, g, g * (input - mean)) collects the sums. Lanes beyond the count have g = 0.
+// The gradient behind the activation.
+template <class T, Activation kAct, bool kPair, class Channels>
+__device__ Floats gradient_behind(
+    const BackwardParams& p, const BackwardInputs<T>& inputs, const Channels& channels) {
+  Floats g = unpack<T>(inputs.grad_output);
+  with_activation<kAct>(p.activation, [&](auto found) {
+    constexpr Activation kThis = decltype(found)::value;
+    if constexpr (needs_input(kThis)) {
+      const Floats z =
+          preactivation<kPair, true>(unpack<T>(inputs.input), unpack<T>(inputs.residual), channels);
+#pragma unroll
+      for (int k = 0; k < kPackSize; ++k) g.lane[k] *= derivative<kThis>(z.lane[k]);
+    } else if constexpr (needs_mask(kThis)) {
+#pragma unroll
+      for (int k = 0; k < kPackSize; ++k) {
+        const float attenuated =
+            kThis == Activation::kLeakyRelu ? g.lane[k] * p.negative_slope : 0.0f;
+        g.lane[k] = inputs.mask >> k & 1 ? attenuated : g.lane[k];
+      }
+    }
+  });
+  return g;
+}
+
+// add(channel_of, lane, g, g * (input - mean)) collects the sums. Lanes beyond the count have g =
+// 0.
 template <class T, Activation kAct, bool kPair = false, class At, class Channels, class Add>
 __device__ void backward_pack(
     const BackwardParams& p, At at, const BackwardInputs<T>& inputs, const Channels& channels,
     Add add) {
-  const Floats dy = unpack<T>(inputs.grad_output), x = unpack<T>(inputs.input);
-  const Floats r = unpack<T>(inputs.residual);
-  Floats gradient;  // behind the activation
-#pragma unroll
-  for (int k = 0; k < kPackSize; ++k) {
-    const auto c = channels(k);
-    float g = dy.lane[k];
-    if constexpr (needs_input(kAct)) {
-      float z = normalize(x.lane[k], c.mean, c.scale, c.bias);
-      if constexpr (kPair) {
-        z = normalize(r.lane[k], c.residual_mean, c.residual_scale, z);
-      } else {
-        z += r.lane[k];
-      }
-      g *= derivative<kAct>(z);
-    } else if constexpr (needs_mask(kAct)) {
-      const float attenuated = kAct == Activation::kLeakyRelu ? g * p.negative_slope : 0.0f;
-      g = inputs.mask >> k & 1 ? attenuated : g;
-    }
-    gradient.lane[k] = g;
-    add(k, g, g * (x.lane[k] - c.mean));
+  const Floats x = unpack<T>(inputs.input);
+  const Floats gradient = gradient_behind<T, kAct, kPair>(p, inputs, channels);
+  if constexpr (!kPair) {
+    if (p.grad_residual) store<T>(p.grad_residual, at, gradient);
   }
-  if constexpr (kPair) {
-    if (p.grad_residual) {
-      Floats scaled;
+  channels.template with_channels<true>([&](const auto& channel_of) {
+    Floats scaled;
+    if constexpr (kPair) {
 #pragma unroll
       for (int k = 0; k < kPackSize; ++k) {
-        scaled.lane[k] = gradient.lane[k] * channels(k).residual_scale;
+        scaled.lane[k] = gradient.lane[k] * channel_of(k).residual_scale;
       }
-      store<T>(p.grad_residual, at, scaled);
+      if (p.grad_residual) store<T>(p.grad_residual, at, scaled);
     }
-  } else if (p.grad_residual) {
-    store<T>(p.grad_residual, at, gradient);
-  }
-  if (!p.grad_input) return;
 #pragma unroll
-  for (int k = 0; k < kPackSize; ++k) gradient.lane[k] *= channels(k).scale;
-  store<T>(p.grad_input, at, gradient);
+    for (int k = 0; k < kPackSize; ++k) {
+      const auto c = channel_of(k);
+      add(channel_of, k, gradient.lane[k], gradient.lane[k] * (x.lane[k] - c.mean));
+      scaled.lane[k] = gradient.lane[k] * c.scale;
+    }
+    if (p.grad_input) store<T>(p.grad_input, at, scaled);
+  });
 }
 
 struct Sums {
@@ -129,7 +138,7 @@ __device__ inline void reduce_runs(
 
 // At least two 16-byte loads in flight; more packs at once would cost registers.
 template <class T, Activation kAct, bool kSums>
-constexpr int kBackwardInFlight = sizeof(T) == 2 && !kSums && !needs_input(kAct) ? 2 : 1;
+constexpr int kBackwardInFlight = sizeof(T) == 2 && !kSums && !may_need_input(kAct) ? 2 : 1;
 
 template <class T, Activation kAct, bool kSums>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
@@ -138,16 +147,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   __shared__ Sums pack_sums[kSums ? kTilePacks : 1][2];
   const Tile tile = traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>>(
       p, table, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        Sums first, second;
-        channels.template with_channels<true>([&](const auto& channel_of) {
-          backward_pack<T, kAct>(p, at, inputs, channel_of, [&](int lane, float g, float centered) {
-            if constexpr (kSums) {
-              const bool is_first = channel_of.is_first(lane);
-              first.add(is_first ? g : 0.0f, is_first ? centered : 0.0f);
-              second.add(is_first ? 0.0f : g, is_first ? 0.0f : centered);
-            }
-          });
-        });
+        [[maybe_unused]] Sums first, second;
+        const auto add = [&](const auto& channel_of, int lane, float g, float centered) {
+          if constexpr (kSums) {
+            const bool is_first = channel_of.is_first(lane);
+            first.add(is_first ? g : 0.0f, is_first ? centered : 0.0f);
+            second.add(is_first ? 0.0f : g, is_first ? 0.0f : centered);
+          }
+        };
+        backward_pack<T, kAct>(p, at, inputs, channels, add);
         if constexpr (kSums) {
           const uint32_t pack = at.number % kTilePacks;
           pack_sums[pack][0] = first;
@@ -185,7 +193,7 @@ __device__ inline void reduce_rows(
 template <class T, Activation kAct, bool kSums>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_backward_periodic_kernel(const __grid_constant__ BackwardParams p) {
-  constexpr bool kInShared = needs_input(kAct);
+  constexpr bool kInShared = may_need_input(kAct);
   __shared__ PeriodicTable table;
   __shared__ LaneSums shared_sums;
   const uint32_t thread = thread_in_block();
@@ -201,14 +209,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   if constexpr (kSums && kInShared) put();
   traverse_periodic<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>, LaneChannels<kInShared>>(
       p, table, column, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        backward_pack<T, kAct>(p, at, inputs, channels, [&](int lane, float g, float centered) {
+        const auto add = [&](const auto&, int lane, float g, float centered) {
           if constexpr (kSums && kInShared) {
             shared_sums[lane][thread] += g;
             shared_sums[kPackSize + lane][thread] += centered;
           } else if constexpr (kSums) {
             sums[lane].add(g, centered);
           }
-        });
+        };
+        backward_pack<T, kAct>(p, at, inputs, channels, add);
       });
   if constexpr (kSums && !kInShared) put();
   if constexpr (kSums) reduce_rows(p, column, shared_sums);

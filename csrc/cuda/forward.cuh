@@ -47,36 +47,19 @@ template <class T, Activation kAct, bool kPair = false, bool kResidual, class At
 __device__ void forward_pack(
     const ForwardParams& p, At at, const ForwardInputs<T, kResidual>& inputs,
     const Channels& channels) {
-  Floats x = unpack<T>(inputs.input);
-  channels.with_channels([&](const auto& channel_of) {
-#pragma unroll
-    for (int k = 0; k < kPackSize; ++k) {
-      const auto c = channel_of(k);
-      x.lane[k] = normalize(x.lane[k], c.mean, c.scale, c.bias);
+  Floats x = preactivation<kPair, kResidual>(
+      unpack<T>(inputs.input), unpack<T>(inputs.residual), channels);
+  with_activation<kAct>(p.activation, [&](auto found) {
+    constexpr Activation kThis = decltype(found)::value;
+    if constexpr (needs_mask(kThis)) {
+      if (p.mask) p.mask[at.number] = static_cast<uint8_t>(mask_bits<kThis>(x));
     }
-    if constexpr (kPair) {
-      const Floats residual = unpack<T>(inputs.residual);
+    if constexpr (kThis != Activation::kRelu) {
 #pragma unroll
-      for (int k = 0; k < kPackSize; ++k) {
-        const auto c = channel_of(k);
-        x.lane[k] = normalize(residual.lane[k], c.residual_mean, c.residual_scale, x.lane[k]);
-      }
+      for (int k = 0; k < kPackSize; ++k) x.lane[k] = activate<kThis>(x.lane[k], p.negative_slope);
     }
   });
-  if constexpr (kResidual && !kPair) {
-    const Floats residual = unpack<T>(inputs.residual);
-#pragma unroll
-    for (int k = 0; k < kPackSize; ++k) x.lane[k] += residual.lane[k];
-  }
-  if constexpr (needs_mask(kAct)) {
-    if (p.mask) p.mask[at.number] = static_cast<uint8_t>(mask_bits<kAct>(x));
-  }
-  constexpr bool kRelu = kAct == Activation::kRelu;
-  if constexpr (!kRelu) {
-#pragma unroll
-    for (int k = 0; k < kPackSize; ++k) x.lane[k] = activate<kAct>(x.lane[k], p.negative_slope);
-  }
-  store<T, kRelu>(p.output, at, x);
+  store<T, kAct == Activation::kRelu>(p.output, at, x);
 }
 
 // Two packs of halves in flight, or one of floats: two 16-byte loads each, four with a residual.
@@ -98,7 +81,7 @@ template <class T, Activation kAct, bool kResidual>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_forward_periodic_kernel(const __grid_constant__ ForwardParams p) {
   __shared__ PeriodicTable table;
-  constexpr bool kInShared = needs_input(kAct);  // smooth: registers are scarce
+  constexpr bool kInShared = may_need_input(kAct);  // smooth: registers are scarce
   using Inputs = ForwardInputs<T, kResidual>;
   constexpr int kInFlight = kInShared && kResidual ? 1 : kForwardInFlight<T>;
   traverse_periodic<Inputs, kInFlight, LaneChannels<kInShared>>(

@@ -6,23 +6,21 @@
 namespace frozen_bn::cuda {
 namespace {
 
-// Calls f with a null pointer of the storage type and the activation, both as compile-time facts.
-template <class F>
-cudaError_t dispatch(Dtype dtype, Activation activation, F f) {
-  dispatch_activation(activation, [&](auto act) {
-    switch (dtype) {
-      case Dtype::kHalf: return f(static_cast<__half*>(nullptr), act);
-      case Dtype::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr), act);
-      default: return f(static_cast<float*>(nullptr), act);
-    }
-  });
-  return cudaGetLastError();
-}
-
 template <class Kernel, class Params>
 void launch(Kernel kernel, const LaunchPlan& plan, const Params& params, cudaStream_t stream) {
   const dim3 grid(plan.grid_x, plan.grid_y), block(plan.block_x, plan.block_y);
   kernel<<<grid, block, 0, stream>>>(params);
+}
+
+// Calls f with a null pointer of the storage type.
+template <class F>
+cudaError_t with_storage(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kHalf: f(static_cast<__half*>(nullptr)); break;
+    case Dtype::kBFloat16: f(static_cast<__nv_bfloat16*>(nullptr)); break;
+    default: f(static_cast<float*>(nullptr));
+  }
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -48,58 +46,64 @@ Index make_index(const Layout& layout, const LaunchPlan& plan, bool vector_acces
 }
 
 cudaError_t launch_forward(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardParams& params,
-    cudaStream_t stream) {
-  return dispatch(dtype, activation, [&](auto* storage, auto act) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    const auto with_residual = [&](auto residual) {
+    Dtype dtype, const LaunchPlan& plan, const ForwardParams& params, cudaStream_t stream) {
+  return with_storage(dtype, [&]<class T>(T*) {
+    const auto launch_with = [&](auto act, auto residual) {
       launch(
           plan.variant == Variant::kPlanar
               ? frozen_bn_forward_planar_kernel<T, act.value, residual.value>
               : frozen_bn_forward_periodic_kernel<T, act.value, residual.value>,
           plan, params, stream);
     };
-    params.residual ? with_residual(std::true_type{}) : with_residual(std::false_type{});
+    if (params.residual) {
+      dispatch_common(params.activation, [&](auto act) { launch_with(act, std::true_type{}); });
+    } else {
+      dispatch_activation(
+          params.activation, [&](auto act) { launch_with(act, std::false_type{}); });
+    }
   });
 }
 
 cudaError_t launch_forward_pair(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardPairParams& params,
-    cudaStream_t stream) {
-  return dispatch(dtype, activation, [&](auto* storage, auto act) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    launch(
-        plan.variant == Variant::kPlanar ? frozen_bn_forward_pair_planar_kernel<T, act.value>
-                                         : frozen_bn_forward_pair_periodic_kernel<T, act.value>,
-        plan, params, stream);
-  });
-}
-
-cudaError_t launch_backward_pair(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardPairParams& params,
-    cudaStream_t stream) {
-  return dispatch(dtype, gradient_kind(activation), [&](auto* storage, auto act) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    launch(
-        plan.variant == Variant::kPlanar ? frozen_bn_backward_pair_planar_kernel<T, act.value>
-                                         : frozen_bn_backward_pair_periodic_kernel<T, act.value>,
-        plan, params, stream);
+    Dtype dtype, const LaunchPlan& plan, const ForwardPairParams& params, cudaStream_t stream) {
+  return with_storage(dtype, [&]<class T>(T*) {
+    dispatch_common(params.activation, [&](auto act) {
+      launch(
+          plan.variant == Variant::kPlanar ? frozen_bn_forward_pair_planar_kernel<T, act.value>
+                                           : frozen_bn_forward_pair_periodic_kernel<T, act.value>,
+          plan, params, stream);
+    });
   });
 }
 
 cudaError_t launch_backward(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardParams& params,
-    cudaStream_t stream) {
-  return dispatch(dtype, gradient_kind(activation), [&](auto* storage, auto act) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    const auto with_sums = [&](auto sums) {
+    Dtype dtype, const LaunchPlan& plan, const BackwardParams& params, cudaStream_t stream) {
+  return with_storage(dtype, [&]<class T>(T*) {
+    const auto launch_with = [&](auto act, auto sums) {
       launch(
           plan.variant == Variant::kPlanar
               ? frozen_bn_backward_planar_kernel<T, act.value, sums.value>
               : frozen_bn_backward_periodic_kernel<T, act.value, sums.value>,
           plan, params, stream);
     };
-    params.partial_sums ? with_sums(std::true_type{}) : with_sums(std::false_type{});
+    const Activation kind = gradient_kind(params.activation);
+    if (params.partial_sums) {
+      dispatch_common(kind, [&](auto act) { launch_with(act, std::true_type{}); });
+    } else {
+      dispatch_gradient(kind, [&](auto act) { launch_with(act, std::false_type{}); });
+    }
+  });
+}
+
+cudaError_t launch_backward_pair(
+    Dtype dtype, const LaunchPlan& plan, const BackwardPairParams& params, cudaStream_t stream) {
+  return with_storage(dtype, [&]<class T>(T*) {
+    dispatch_common(gradient_kind(params.activation), [&](auto act) {
+      launch(
+          plan.variant == Variant::kPlanar ? frozen_bn_backward_pair_planar_kernel<T, act.value>
+                                           : frozen_bn_backward_pair_periodic_kernel<T, act.value>,
+          plan, params, stream);
+    });
   });
 }
 

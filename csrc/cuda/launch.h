@@ -12,20 +12,16 @@ namespace frozen_bn::cuda {
 Index make_index(const Layout& layout, const LaunchPlan& plan, bool vector_access);
 
 cudaError_t launch_forward(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardParams& params,
-    cudaStream_t stream);
+    Dtype dtype, const LaunchPlan& plan, const ForwardParams& params, cudaStream_t stream);
 
 cudaError_t launch_forward_pair(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const ForwardPairParams& params,
-    cudaStream_t stream);
+    Dtype dtype, const LaunchPlan& plan, const ForwardPairParams& params, cudaStream_t stream);
 
 cudaError_t launch_backward_pair(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardPairParams& params,
-    cudaStream_t stream);
+    Dtype dtype, const LaunchPlan& plan, const BackwardPairParams& params, cudaStream_t stream);
 
 cudaError_t launch_backward(
-    Dtype dtype, Activation activation, const LaunchPlan& plan, const BackwardParams& params,
-    cudaStream_t stream);
+    Dtype dtype, const LaunchPlan& plan, const BackwardParams& params, cudaStream_t stream);
 
 cudaError_t launch_reduce(const ReduceParams& params, cudaStream_t stream);
 

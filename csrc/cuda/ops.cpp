@@ -89,11 +89,12 @@ void run_forward(const ForwardArguments& a, const Layout& layout) {
   params.coefficients = static_cast<float*>(data_or_null(a.coefficients));
   params.vectors = branch_vectors(a.statistics);
   if (pair) params.residual_vectors = branch_vectors(*a.residual_statistics);
+  params.activation = a.activation;
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.index =
       make_index(layout, plan, is_aligned({params.input, params.residual, params.output}));
   const auto launch = [&](auto launcher) {
-    check_cuda(op, launcher(dtype_of(a.input), a.activation, plan, params, device.stream()));
+    check_cuda(op, launcher(dtype_of(a.input), plan, params, device.stream()));
   };
   pair ? launch(launch_forward_pair) : launch(launch_forward);
 }
@@ -143,6 +144,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
   params.partial_sums = static_cast<float*>(data_or_null(partial_sums));
   params.partial_width = plan.partial_width;
   params.segments = static_cast<uint32_t>(plan.segments);
+  params.activation = a.activation;
   params.negative_slope = static_cast<float>(a.negative_slope);
   params.index = make_index(
       layout, plan,
@@ -150,8 +152,7 @@ void run_backward(const BackwardArguments& a, const Layout& layout) {
           {params.grad_output, params.input, params.residual, params.grad_input,
            params.grad_residual}));
   const auto launch = [&](auto launcher) {
-    check_cuda(
-        "backward", launcher(dtype_of(a.grad_output), a.activation, plan, params, device.stream()));
+    check_cuda("backward", launcher(dtype_of(a.grad_output), plan, params, device.stream()));
   };
   a.pair() ? launch(launch_backward_pair) : launch(launch_backward);
   if (wants_sums) reduce_partial_sums(a, params, layout, plan, device.stream());

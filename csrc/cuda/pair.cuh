@@ -50,6 +50,11 @@ struct PairLaneChannels {
   }
 };
 
+struct NoSums {
+  template <class ChannelOf>
+  __device__ void operator()(const ChannelOf&, int, float, float) const {}
+};
+
 template <class T, Activation kAct>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_forward_pair_planar_kernel(const __grid_constant__ ForwardPairParams p) {
@@ -66,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_forward_pair_periodic_kernel(const __grid_constant__ ForwardPairParams p) {
   __shared__ PeriodicPairTable table;
   using Inputs = ForwardInputs<T, true>;
-  traverse_periodic<Inputs, 1, PairLaneChannels<needs_input(kAct)>>(
+  traverse_periodic<Inputs, 1, PairLaneChannels<may_need_input(kAct)>>(
       p, table, Column(p.index), [&](auto at, const Inputs& inputs, const auto& channels) {
         forward_pack<T, kAct, true>(p, at, inputs, channels);
       });
@@ -78,9 +83,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   __shared__ PlanarPairTable table;
   traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, false>>(
       p, table, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        channels.template with_channels<true>([&](const auto& channel_of) {
-          backward_pack<T, kAct, true>(p, at, inputs, channel_of, [](int, float, float) {});
-        });
+        backward_pack<T, kAct, true>(p, at, inputs, channels, NoSums{});
       });
 }
 
@@ -88,11 +91,11 @@ template <class T, Activation kAct>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_backward_pair_periodic_kernel(const __grid_constant__ BackwardPairParams p) {
   __shared__ PeriodicPairTable table;
-  using Channels = PairLaneChannels<needs_input(kAct)>;
+  using Channels = PairLaneChannels<may_need_input(kAct)>;
   traverse_periodic<BackwardInputs<T>, kBackwardInFlight<T, kAct, false>, Channels>(
       p, table, Column(p.index),
       [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        backward_pack<T, kAct, true>(p, at, inputs, channels, [](int, float, float) {});
+        backward_pack<T, kAct, true>(p, at, inputs, channels, NoSums{});
       });
 }
 

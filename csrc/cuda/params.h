@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../affine.h"
 #include "../dtype.h"
 #include "../launch_plan.h"
 
@@ -70,6 +71,7 @@ struct ForwardParams {
   uint8_t* mask;        // or null; one byte a pack
   float* coefficients;  // or null; [kRows, C]
   BranchVectors vectors;
+  Activation activation;
   float negative_slope;
 };
 
@@ -90,6 +92,7 @@ struct BackwardParams {
   float* partial_sums;  // or null; [partial_rows, 2, partial_width]
   int64_t partial_width;
   uint32_t segments;
+  Activation activation;
   float negative_slope;
 };
 
