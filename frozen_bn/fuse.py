@@ -248,12 +248,17 @@ def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
     return call(merged.add_and_activate, merge.nodes, value, residual, *tail)
 
 
+def _only_holds(module: nn.Module) -> bool:
+    """Whether it has no ``forward``: a ModuleList, or what torch.fx makes to hold children."""
+    return type(module).forward is nn.Module.forward
+
+
 def _called(module: nn.Module) -> Iterator[_FrozenBatchNorm]:
     """The frozen batch normalizations that its own ``forward`` may call."""
     for child in module.children():
         if isinstance(child, _FrozenBatchNorm):
             yield child
-        elif is_plain_sequential(child) or type(child) in (nn.ModuleList, nn.ModuleDict):
+        elif is_plain_sequential(child) or _only_holds(child):
             yield from _called(child)
 
 
@@ -415,7 +420,9 @@ def fuse_forwards(root: nn.Module, fold_conv: bool) -> None:
     shared = {module for module, count in places.items() if module is not None and count > 1}
     inlined: set[nn.Module] = set()
     for module in root.modules():
-        if isinstance(module, _FrozenBatchNorm) or module in inlined or not _calls_frozen(module):
+        if isinstance(module, _FrozenBatchNorm) or module in inlined or _only_holds(module):
+            continue
+        if not _calls_frozen(module):
             continue
         try:
             inlined |= _fuse_forward(module, fold_conv, shared)
