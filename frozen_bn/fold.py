@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import Statistics, arithmetic_dtype
+from .functional import has_kernels
 from .modules import _FrozenBatchNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -91,19 +92,35 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
+def _is_trained(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
+    """Whether a gradient is wanted of what would be folded."""
+    parameters = (*conv.parameters(), *bn.parameters())
+    return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+
+
+#: What is yet to be done to the output of a convolution: nothing, add a bias, or normalize.
+Rest = Tensor | _FrozenBatchNorm | None
+
+
 def convolve(
-    conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor, bias_later: bool
-) -> tuple[Tensor, Tensor | None]:
+    conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor, another_pass: bool
+) -> tuple[Tensor, Rest]:
     """``bn(conv(input))`` by one convolution, but for an activation that ``bn`` has.
 
-    With ``bias_later`` the second result has yet to be added: a kernel that passes over the output
-    anyway does so for nothing, where cuDNN's convolutions are followed by another pass.
+    Nothing is kept from call to call: the vectors and weights are written to by too many, and in
+    too many ways, to notice it.
+
+    With ``another_pass`` over the output to come, which has an activation or a sum to do, that pass
+    can take the rest: the bias, where cuDNN's convolutions are followed by another pass; or, where
+    the weight is not trained, the whole layer, and then the weight is not even read.
     """
     rank = len(conv.kernel_size)  # type: ignore[arg-type]
     if input.dim() != rank + 2:  # no batch: ``bn`` has something to say
         return bn.normalize(conv(input), None, None, 0.0, False), None
+    if another_pass and has_kernels(input) and not _is_trained(conv, bn):
+        return conv(input), bn
     weight, bias = fold(conv, Sources.of(conv, bn))
-    own, later = (None, bias) if bias_later else (bias.to(weight.dtype), None)
+    own, later = (None, bias) if another_pass else (bias.to(weight.dtype), None)
     transposed = _transposed(conv)
     if transposed is None:
         return conv._conv_forward(input, weight, own), later  # type: ignore[operator]
