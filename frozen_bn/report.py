@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .convert import unfreeze_bn
 from .modules import _FrozenBatchNorm
@@ -61,6 +62,26 @@ def _live(module: nn.Module) -> nn.Module:
         if is_batch_norm(layer):
             layer.eval()
     return module
+
+
+#: Whose weights and biases are usually not decayed.
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
+
+
+def norm_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases of every normalization in ``module`` that require grad: of frozen batch
+    normalizations, of live ones, and of torch's other normalizations; each once, in order.
+
+    For optimizer groups: code that finds them by ``isinstance(layer, _BatchNorm)`` does not find
+    those of frozen layers, and has their trained affine decayed like a convolution's weight.
+    """
+    own = (
+        parameter
+        for layer in module.modules()
+        if isinstance(layer, (_FrozenBatchNorm, *_NORMS)) or is_batch_norm(layer)
+        for parameter in layer.parameters(recurse=False)
+    )
+    return [parameter for parameter in dict.fromkeys(own) if parameter.requires_grad]
 
 
 def _table(rows: list[tuple[str, str, str]]) -> list[str]:
