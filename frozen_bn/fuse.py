@@ -441,7 +441,8 @@ def fuse_forwards(root: nn.Module, fold_conv: bool) -> None:
 def unfuse_forwards(root: nn.Module) -> None:
     """Undoes :func:`fuse_forwards`."""
     for module in root.modules():
-        if isinstance(vars(module).get("forward"), TracedForward):
+        own = vars(module).get("forward")
+        if isinstance(getattr(own, "__func__", own), TracedForward):
             del vars(module)["forward"]
         if isinstance(module, _FrozenBatchNorm):
             module.fate = Fate()
