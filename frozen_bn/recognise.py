@@ -115,14 +115,12 @@ def _recognise_torchs(module: nn.Module) -> type[_FrozenBatchNorm]:
 def _recognise_others(module: nn.Module) -> Recognised:
     """One that is known by nothing but what it computes."""
     name = _class_name(module)
-    if isinstance(module, torch.jit.ScriptModule):
-        raise LeftAlone("it is compiled by torch.jit, freeze before compiling")
-    beside = tensors_beside(module)
-    if beside:
-        raise LeftAlone(f"{name} holds more ({', '.join(beside)}), which may take part")
     vectors = [module._parameters.get(v, module._buffers.get(v)) for v in VECTORS]
     if not all(isinstance(v, Tensor) and not is_lazy(v) for v in vectors):
         raise LeftAlone(f"{name} does not hold {', '.join(VECTORS)}")
+    beside = tensors_beside(module)
+    if beside:
+        raise LeftAlone(f"{name} holds more ({', '.join(beside)}), which may take part")
     shapes = {v.shape for v in vectors if v is not None}
     if len(shapes) > 1 or len(*shapes) != 1 or not shapes.pop().numel():
         raise LeftAlone(f"{name} holds vectors of different shapes, or empty ones")
@@ -177,6 +175,8 @@ def recognise(module: nn.Module) -> Recognised:
     Raises:
         LeftAlone: it cannot be frozen.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise LeftAlone("it is compiled by torch.jit, freeze before compiling")
     if not is_called_as_its_class(module):
         overridden = ", ".join(sorted(_OVERRIDING & {*vars(module)}))
         raise LeftAlone(f"it was altered ({overridden}) and may compute something else")
