@@ -83,7 +83,7 @@ def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
     new._buffers.update((name, original._buffers[name]) for name in _profilers_counters(original))
     new._non_persistent_buffers_set = original._non_persistent_buffers_set & {*new._buffers}
     if kind.ranks not in (None, new._ranks):
-        new._ranks = kind.ranks if kind.ranks != EVERY_RANK else ()  # type: ignore[assignment]
+        new._ranks = kind.ranks if kind.ranks != EVERY_RANK else ()
     _share_hooks(original, new)
     for attribute, value in vars(original).items():
         if not hasattr(type(new), attribute):  # "forward" and the like, which would replace ours
@@ -115,12 +115,19 @@ def convert_frozen_bn(
     """Replace the batch normalizations in ``module`` by frozen ones that compute what they compute
     in ``eval()`` mode, whatever mode the model is in later.
 
-    Converts BatchNorm1d/2d/3d, SyncBatchNorm (no process group needed), lazy ones that have been
-    run, torchvision's FrozenBatchNorm2d, the DetrFrozenBatchNorm2d of Hugging Face's transformers
-    and its copies for other models, and timm's BatchNormAct2d, SyncBatchNormAct and
-    FrozenBatchNormAct2d with their activation. Names, order, eps, dtype, device (meta too),
-    ``training``, hooks and sharing are kept. What cannot be frozen is left alone, each with a
-    warning that says why. Converting twice changes nothing.
+    Converts BatchNorm1d/2d/3d, SyncBatchNorm (no process group needed), subclasses that change
+    their ``__init__`` only, lazy ones that have been run, and timm's BatchNormAct2d,
+    SyncBatchNormAct and FrozenBatchNormAct2d with their activation. Frozen batch normalizations of
+    other projects (torchvision's, detectron2's, DETR's, ...) are recognised by what they compute:
+    the ``forward`` of a module that holds nothing but the four vectors is tried on made-up values.
+
+    Names, order, eps, dtype, device (meta too), hooks and sharing are kept. What cannot be frozen,
+    or only looks like a batch normalization, is left alone, each with a warning that says why.
+    Converting twice changes nothing.
+
+    Make optimizer groups before: code that decides by ``isinstance(layer, _BatchNorm)`` what is
+    decayed does not find frozen layers (or use :func:`frozen_bn.norm_parameters`). An optimizer
+    made before goes on working with ``freeze_affine=False``.
 
     Args:
         module: changed in place.
@@ -131,9 +138,9 @@ def convert_frozen_bn(
             layer) and the activation after that; and overwrite the output of a convolution that
             nothing else reads. See :func:`summary` for what was merged, or why not.
         fold_conv: the same, but fold what follows a convolution into its weight and bias, at every
-            call, so that gradients reach the weight and a trainable affine as before. Where no
-            gradient is wanted the folded weights are kept until a parameter changes (a write
-            through ``.data`` is not noticed).
+            call, so that gradients reach the weight and a trainable affine as before. Where none is
+            wanted of them, the pass of an activation or sum that follows does it all instead. For
+            weights that are final see :func:`frozen_bn.fold_for_inference`.
         where: ``where(name, module)`` picks the layers, by their qualified name; all by default.
 
     Returns:
@@ -247,8 +254,10 @@ def _surrounding_modes(root: nn.Module) -> dict[nn.Module, bool]:
 
 def unfreeze_bn(module: nn.Module) -> nn.Module:
     """Undo :func:`convert_frozen_bn`: the original modules return, with their class, momentum,
-    ``num_batches_tracked`` and ``requires_grad``, and the values that the frozen ones have now. Each
-    gets the mode (``training``) of the module that holds it.
+    ``num_batches_tracked`` and ``requires_grad``, and the values that the frozen ones have now.
+    Each gets the mode (``training``) of the module that holds it. After ``half()`` a frozen affine
+    and its statistics are still float32, which torch's layers take; behind a trained affine the
+    statistics get its dtype, and the layer is left alone, with a warning, where they do not fit.
 
     Frozen modules that were not converted become ``torch.nn.BatchNorm1d/2d/3d``; one that was made
     with an activation is left alone, with a warning.

@@ -7,7 +7,7 @@ import dis
 import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,8 @@ def _reads(code: CodeType) -> set[str]:
 
 
 def _is_read_alone(owner: nn.Module, conv: str, bn: str) -> bool:
-    """Whether a method of ``owner`` that its ``forward`` does not call uses the convolution, and not
-    the layer behind it."""
+    """Whether a method of ``owner`` that its ``forward`` does not call uses the convolution, and
+    not the layer behind it."""
     names = [path.rpartition(".")[2] for path in (conv, bn)]
     if not all(map(str.isidentifier, names)):  # in a Sequential
         return False
@@ -109,8 +109,8 @@ def _pairs_of(owner: nn.Module, shared: set[nn.Module]) -> Iterator[tuple[nn.Mod
 
 
 def convolutions_before(root: nn.Module) -> Found:
-    """Of each frozen layer in ``root`` the convolution whose output it alone reads, always and as its
-    input, or why there is none."""
+    """Of each frozen layer in ``root`` the convolution whose output is its input, always, and read
+    by nothing else; or why there is none."""
     found: dict[nn.Module, Any] = {}
     used_otherwise: set[nn.Module] = set()
     shared = fuse.shared_modules(root)
@@ -150,7 +150,7 @@ def _take_over(conv: nn.Module, bn: _FrozenBatchNorm) -> str | None:
         bias = bias.to(weight.dtype)
     if not weight.is_meta and not all(torch.isfinite(t).all() for t in (weight, bias)):
         return f"the folded weight does not fit in {str(weight.dtype).removeprefix('torch.')}"
-    trained = conv.weight.requires_grad
+    trained = cast(Tensor, conv.weight).requires_grad
     # New ones: another convolution may share the old.
     conv._parameters["weight"] = Parameter(weight, trained)
     conv._parameters["bias"] = Parameter(bias, trained)
@@ -197,9 +197,9 @@ def fold_for_inference(module: nn.Module, *inputs: Any) -> nn.Module:
     whose output it alone reads, or where that cannot be told from the ``forward`` that calls it. So
     does what was never converted.
 
-    What ``forward`` methods do is read from the code of the modules that hold the layers. A
-    convolution that is called from elsewhere (a hook, a parent that reaches for it) has the layer in
-    it there too: give an example input to compare.
+    What ``forward`` methods do is read from the code of the modules that hold the layers. Where a
+    convolution is called from elsewhere (a parent that reaches for it), the layer is in it there
+    too: give an example input to compare.
 
     Args:
         module: not changed. Weights may be of any dtype; what is folded is computed in float32 at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class _FrozenBatchNorm(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Never in training: somebody hands it to F.batch_norm, which then moves the statistics.
-        super().__setattr__(name, False if name == "training" else value)
+        super().__setattr__(name, cast(Any, False) if name == "training" else value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -249,7 +249,7 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
     :func:`frozen_bn.frozen_batch_norm`.
 
     ``training`` stays False, whatever ``train()`` is told. The statistics, and a frozen affine,
-    stay float32 under ``half()``, ``bfloat16()`` and ``to(dtype)``, which may cost them their range.
+    stay float32 under ``half()``, ``bfloat16()`` and ``to(dtype)``: others have not their range.
 
     It is no ``torch.nn.modules.batchnorm._BatchNorm``, or ``convert_sync_batchnorm`` and
     ``update_bn`` would revive it. So optimizer groups made by ``isinstance`` take a trained affine

@@ -124,7 +124,9 @@ def _returned(
     unwritten = torch.equal(given, x) and {*after} == {*before}
     if not unwritten or not all(torch.equal(after[name], v) for name, v in before.items()):
         return None
-    return y.detach() if isinstance(y, Tensor) and (y.shape, y.dtype) == (x.shape, x.dtype) else None
+    if not isinstance(y, Tensor) or (y.shape, y.dtype) != (x.shape, x.dtype):
+        return None
+    return y.detach()
 
 
 def _is_formula(y: Tensor, x: Tensor, values: dict[str, Tensor], eps: float) -> bool:

@@ -33,12 +33,10 @@ _TORCH_CLASSES: dict[type[nn.Module], type[_FrozenBatchNorm]] = {
 }
 
 #: What a subclass of those may define and still compute the same.
-_HARMLESS = frozenset(
-    ("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__orig_bases__")
-    + ("__parameters__", "__firstlineno__", "__static_attributes__", "__annotate_func__")
-    + ("__annotations_cache__", "__abstractmethods__", "_abc_impl", "__constants__", "__repr__")
-    + ("extra_repr", "_get_name", "reset_parameters", "reset_running_stats")
-)
+_HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__repr__"}
+_HARMLESS |= {"__orig_bases__", "__parameters__", "__firstlineno__", "__static_attributes__"}
+_HARMLESS |= {"__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl"}
+_HARMLESS |= {"extra_repr", "_get_name", "reset_parameters", "reset_running_stats"}
 
 #: Set on an instance, these replace what its class does.
 _OVERRIDING = frozenset(("forward", "_call_impl", "_check_input_dim"))
@@ -77,14 +75,15 @@ def _looks_like_one(module: nn.Module) -> bool:
     holds something. Nothing of it is run."""
     registered = {**dict(module._parameters.items()), **dict(module._buffers.items())}
     statistics = [registered.get(name) for name in ("running_mean", "running_var")]
-    if all(isinstance(value, Tensor) for value in statistics):
-        return any(is_lazy(value) or value.dim() == 1 for value in statistics)  # type: ignore[union-attr]
+    tensors = [value for value in statistics if isinstance(value, Tensor)]
+    if len(tensors) == 2:
+        return any(is_lazy(value) or value.dim() == 1 for value in tensors)
     named = re.search("batch_?norm", _class_name(module), re.IGNORECASE)
     return bool(named and registered and not len(module._modules))
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether it is a batch normalization, or something like one, and not frozen by this package."""
+    """Whether it is a batch normalization, or something like one, not frozen by this package."""
     if isinstance(module, _FrozenBatchNorm | _InstanceNorm):
         return False
     return (
@@ -95,8 +94,8 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def _torch_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of torch whose ``forward`` is that of ``kind``, if it is one or derived from one and
-    changes no more than how it is made."""
+    """The class of torch whose ``forward`` is that of ``kind``, if it is one, or derived from one
+    and changes no more than how it is made."""
     base = next((base for base in kind.__mro__ if base in _TORCH_CLASSES), None)
     added = [c for c in kind.__mro__ if base is not None and c not in base.__mro__]
     return base if all({*vars(c)} <= _HARMLESS for c in added) else None

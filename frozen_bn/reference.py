@@ -48,7 +48,7 @@ def in_torchs_order(input: Tensor) -> Tensor:
     take a ``view`` of it."""
     if input.is_contiguous():
         return input
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
         # Inside of vmap a tensor cannot be asked for channels_last.
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return input

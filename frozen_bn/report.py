@@ -69,8 +69,8 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
 
 
 def norm_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The weights and biases of every normalization in ``module`` that require grad: of frozen batch
-    normalizations, of live ones, and of torch's other normalizations; each once, in order.
+    """The weights and biases of every normalization in ``module`` that require grad: of frozen and
+    live batch normalizations, and of torch's other normalizations; each once, in order.
 
     For optimizer groups: code that finds them by ``isinstance(layer, _BatchNorm)`` does not find
     those of frozen layers, and has their trained affine decayed like a convolution's weight.

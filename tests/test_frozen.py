@@ -16,8 +16,8 @@ from helpers import (
     assert_close_in_norm,
     assert_same_bits,
     make_generator,
-    outputs_and_gradients,
     output_strides,
+    outputs_and_gradients,
     randomize_,
     snapshot,
 )

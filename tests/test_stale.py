@@ -1,5 +1,5 @@
-"""Whatever writes to weights and statistics, and however: the next call computes with it. No version
-counter sees most of these, so nothing may be kept that depends on them. On the CPU."""
+"""Whatever writes to weights and statistics, and however: the next call computes with it. No
+version counter sees most of these, so nothing may be kept that depends on them. On the CPU."""
 
 from __future__ import annotations
 
@@ -225,7 +225,9 @@ if __name__ == "__main__":
             for tensor in net.state_dict().values(): tensor.mul_(1.5)    # the learner publishes
         go.set(); process.join(60)
         plain = network(); plain.load_state_dict(nets[0].state_dict())
-        for output in outputs: torch.testing.assert_close(output, plain(images()), rtol=1e-4, atol=1e-4)
+        expected = plain(images())
+        for output in outputs:
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 """
 
 COLLECTIVE = """

@@ -70,8 +70,8 @@ def test_unfreezing_gives_back_the_very_modules_and_state(freeze_affine):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_unfreezing_after_a_change_of_dtype(dtype, freeze_affine):
-    """A frozen affine and its statistics have not been narrowed; behind a trained one, statistics are
-    now, for torch takes no mixture."""
+    """A frozen affine and its statistics have not been narrowed; behind a trained one, statistics
+    are now, for torch takes no mixture."""
     net = odd_network()
     live = snapshot(net)
     expected = snapshot(copy.deepcopy(net).to(dtype))
