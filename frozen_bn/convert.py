@@ -17,7 +17,16 @@ from .fold import is_sharded
 from .fuse import fuse_forwards, unfuse_forwards
 from .modules import FrozenBatchNormAct2d, _FrozenBatchNorm
 from .probe import COUNTERS, EVERY_RANK, VECTORS
-from .recognise import LeftAlone, give_eps, is_batch_norm, live_form, recognise
+from .recognise import (
+    NO_SUBMODULE,
+    LeftAlone,
+    give_eps,
+    is_batch_norm,
+    is_probed,
+    live_form,
+    recognise,
+    unregistered,
+)
 
 
 def _check_statistics(name: str, frozen: _FrozenBatchNorm) -> None:
@@ -82,6 +91,8 @@ def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
     new._modules.update(kind.submodules)
     new._buffers.update((name, original._buffers[name]) for name in _profilers_counters(original))
     new._non_persistent_buffers_set = original._non_persistent_buffers_set & {*new._buffers}
+    if is_probed(original):
+        new._version = original._version  # of its checkpoints, which it may ask for
     if kind.ranks not in (None, new._ranks):
         new._ranks = kind.ranks if kind.ranks != EVERY_RANK else ()
     _share_hooks(original, new)
@@ -172,8 +183,11 @@ def convert_frozen_bn(
         replacements[layer] = frozen
         if _never_trained(layer):
             never_trained.append(name)
+    elsewhere = [name for name, _ in unregistered(module)]
     for text in left_alone.values():
         warnings.warn(text, stacklevel=2)
+    for name in elsewhere:
+        warnings.warn(f"frozen_bn: {name!r} is left as it is: {NO_SUBMODULE}", stacklevel=2)
     if never_trained:
         others = len(never_trained) - 1
         subject = f"{never_trained[0]!r} " + (f"and {others} more were" if others else "was")

@@ -25,6 +25,19 @@ class Fate(NamedTuple):
     reason: str = ""  # if nothing of it
 
 
+def _upgrade(
+    original: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """Does to ``state_dict`` what the class of ``original`` does before it loads one: detectron2
+    corrects the variances of old versions. What it loads goes nowhere."""
+    kind = type(original)
+    if kind._load_from_state_dict is not nn.Module._load_from_state_dict:
+        shell = nn.Module.__new__(kind)
+        vars(shell).update(vars(original), _parameters={}, _buffers={}, _modules={})
+        vars(shell)["_load_state_dict_pre_hooks"] = {}
+        shell._load_from_state_dict(state_dict, prefix, metadata, False, [], [], [])
+
+
 class _FrozenBatchNorm(nn.Module):
     """What the modules of all ranks share. ``train()`` and ``eval()`` change nothing."""
 
@@ -208,6 +221,9 @@ class _FrozenBatchNorm(nn.Module):
             else value
             for key, value in state_dict.items()
         }
+        for original in self._original:
+            if not isinstance(original, nn.modules.batchnorm._BatchNorm):
+                _upgrade(original, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

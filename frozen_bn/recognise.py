@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -44,6 +45,10 @@ _OVERRIDING = frozenset(("forward", "_call_impl", "_check_input_dim"))
 #: timm's classes, all to become FrozenBatchNorm2d: they hold an activation and a dropout.
 _TIMM_CLASSES = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 _TIMM_SUBMODULES = ("act", "drop")
+
+
+#: Why what :func:`unregistered` finds is not frozen.
+NO_SUBMODULE = "it is kept in a plain list or dict, use nn.ModuleList or nn.ModuleDict"
 
 
 class LeftAlone(Exception):
@@ -93,6 +98,28 @@ def is_batch_norm(module: nn.Module) -> bool:
     )
 
 
+def _plainly_held(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in lists, tuples and dicts among its attributes."""
+    for name, value in vars(module).items():
+        if name in ("_modules", "_parameters", "_buffers", "_original"):
+            continue
+        items = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        for key, item in items.items() if isinstance(items, dict) else ():
+            if isinstance(item, nn.Module):
+                yield f"{name}[{key!r}]", item
+
+
+def unregistered(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Batch normalizations that a module of ``root`` keeps (also) in a plain list, tuple or dict,
+    where they are not replaced; with a name for each."""
+    registered = {*root.modules()}
+    for path, parent in root.named_modules():
+        for place, held in _plainly_held(parent):
+            for inner, layer in held.named_modules():
+                if is_batch_norm(layer) and (layer is held or layer not in registered):
+                    yield ".".join(filter(None, (path, place, inner))), layer
+
+
 def _torch_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class of torch whose ``forward`` is that of ``kind``, if it is one, or derived from one
     and changes no more than how it is made."""
@@ -123,6 +150,8 @@ def _recognise_others(module: nn.Module) -> Recognised:
     shapes = {v.shape for v in vectors if v is not None}
     if len(shapes) > 1 or len(*shapes) != 1 or not shapes.pop().numel():
         raise LeftAlone(f"{name} holds vectors of different shapes, or empty ones")
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # ours would take a residual
+        raise LeftAlone(f"the forward of {name} takes more than an input")
     found = formula(module) if type(module).__call__ is nn.Module.__call__ else None
     if found is None:
         raise LeftAlone(f"{name} looks like a batch normalization, but computes something else")

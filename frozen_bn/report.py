@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .convert import unfreeze_bn
 from .modules import _FrozenBatchNorm
-from .recognise import is_batch_norm, why_not_frozen
+from .recognise import NO_SUBMODULE, is_batch_norm, unregistered, why_not_frozen
 
 
 def _state(layer: nn.Module) -> tuple[str, str]:
@@ -105,6 +105,9 @@ def summary(module: nn.Module, *inputs: Any) -> str:
         if is_batch_norm(layer) or isinstance(layer, _FrozenBatchNorm)
     }
     states = {name: _state(layer) for name, layer in layers.items()}
+    elsewhere = dict(unregistered(module))
+    layers |= elsewhere
+    states |= {name: ("skipped", f"skipped: {NO_SUBMODULE}") for name in elsewhere}
     rows = [("name", "class", "state")]
     rows += [
         (name or "(root)", type(layers[name]).__name__, text) for name, (_, text) in states.items()

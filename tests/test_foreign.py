@@ -254,6 +254,70 @@ def test_other_modules_are_not_like_one():
     assert summary(net).endswith("0 frozen, 0 skipped")
 
 
+class WithAMask(foreign.Torchvision):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x if mask is None else x * mask)
+
+
+def test_a_forward_that_takes_more_is_left_alone():
+    """Ours would take the second argument for a residual."""
+    (text,) = messages(lambda: convert_frozen_bn(nn.Sequential(WithAMask(C))))
+    assert text.endswith("the forward of WithAMask takes more than an input")
+
+
+class Listing(nn.Module):
+    """Layers that are no submodules, and one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = randomize_(nn.BatchNorm2d(C))
+        self.lists = [nn.BatchNorm2d(C), nn.ReLU(), foreign.DETR(C)]
+        self.dicts = {"a": nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))}
+        self.twice = (self.bn,)
+        self.fine = [nn.Conv2d(C, C, 1)]
+
+
+def test_layers_in_plain_lists_are_named():
+    net = Listing()
+    texts = messages(lambda: convert_frozen_bn(net))
+    names = [text.split(" is left as it is")[0].removeprefix("frozen_bn: ") for text in texts]
+    assert [eval(name) for name in names] == ["lists[0]", "lists[2]", "dicts['a'].1", "twice[0]"]
+    assert "plain list" in texts[0]
+    assert summary(net).endswith("1 frozen, 4 skipped")
+    only = nn.Module()
+    only.bns = [nn.BatchNorm2d(C)]
+    assert summary(only).endswith("0 frozen, 1 skipped")
+
+
+# Checkpoints that the class of a layer corrects
+
+
+class Versioned(foreign.Detectron2):
+    """As detectron2's: before version 3 variances had eps in them."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others) -> None:
+        if (local_metadata.get("version") or 1) < 3:
+            state_dict[prefix + "running_var"] -= self.eps
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_old_checkpoints_are_corrected_and_new_ones_say_that_they_are_new(version):
+    state = randomize_(nn.Sequential(Versioned(C)), seed=1).state_dict()
+    state = type(state)((name, value.clone()) for name, value in state.items())
+    state._metadata = {"": {"version": 1}, "0": {"version": version}}
+    given = {name: value.clone() for name, value in state.items()}
+    theirs, ours = nn.Sequential(Versioned(C)), convert_frozen_bn(nn.Sequential(Versioned(C)))
+    ours.load_state_dict(copy.deepcopy(state), strict=True)
+    theirs.load_state_dict(copy.deepcopy(state), strict=True)
+    assert_same_bits(snapshot(ours), snapshot(theirs))
+    assert torch.equal(ours[0].running_var, given["0.running_var"]) is (version == 3)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert_same_bits(snapshot(theirs), snapshot(ours))
+
+
 # The probe leaves no trace
 
 
