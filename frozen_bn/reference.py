@@ -48,9 +48,10 @@ def in_torchs_order(input: Tensor) -> Tensor:
     take a ``view`` of it."""
     if input.is_contiguous():
         return input
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        compiling = torch.compiler.is_compiling()
         # Inside of vmap a tensor cannot be asked for channels_last.
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not compiling and torch._C._are_functorch_transforms_active():
             return input
     if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
         return input
