@@ -3,9 +3,10 @@
 from . import reference
 from .config import show_config
 from .convert import convert_frozen_bn, unfreeze_bn
+from .deploy import fold_for_inference
 from .functional import frozen_batch_norm
 from .modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-from .report import summary
+from .report import norm_parameters, summary
 
 __version__ = "0.1.0"
 
@@ -14,7 +15,9 @@ __all__ = [
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
     "convert_frozen_bn",
+    "fold_for_inference",
     "frozen_batch_norm",
+    "norm_parameters",
     "reference",
     "show_config",
     "summary",

@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,17 @@ from .checks import fail
 from .fold import is_sharded
 from .fuse import fuse_forwards, unfuse_forwards
 from .modules import FrozenBatchNormAct2d, _FrozenBatchNorm
-from .recognise import VECTORS, LeftAlone, check_eps_fits, is_batch_norm, live_form, recognise
+from .probe import COUNTERS, EVERY_RANK, VECTORS
+from .recognise import (
+    NO_SUBMODULE,
+    LeftAlone,
+    give_eps,
+    is_batch_norm,
+    is_probed,
+    live_form,
+    recognise,
+    unregistered,
+)
 
 
 def _check_statistics(name: str, frozen: _FrozenBatchNorm) -> None:
@@ -52,6 +63,11 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
             setattr(target, attribute, value)
 
 
+def _profilers_counters(layer: nn.Module) -> list[str]:
+    """The names of buffers that belong to neither formula, and that hooks may go on writing to."""
+    return [name for name in COUNTERS if name != "num_batches_tracked" and name in layer._buffers]
+
+
 def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
     kind = recognise(original)
     new = kind.frozen_class(
@@ -73,12 +89,15 @@ def _freeze(original: nn.Module, freeze_affine: bool) -> _FrozenBatchNorm:
             # A copy: an optimizer made earlier still holds the original, and may go on changing it.
             new._buffers[name] = None if value is None else value.detach().clone()
     new._modules.update(kind.submodules)
-    if isinstance(original, nn.SyncBatchNorm):
-        new._ranks = ()
-    new.training = original.training
+    new._buffers.update((name, original._buffers[name]) for name in _profilers_counters(original))
+    new._non_persistent_buffers_set = original._non_persistent_buffers_set & {*new._buffers}
+    if is_probed(original):
+        new._version = original._version  # of its checkpoints, which it may ask for
+    if kind.ranks not in (None, new._ranks):
+        new._ranks = kind.ranks if kind.ranks != EVERY_RANK else ()
     _share_hooks(original, new)
     for attribute, value in vars(original).items():
-        if attribute != "_compiled_call_impl":  # that of original.compile() calls the original
+        if not hasattr(type(new), attribute):  # "forward" and the like, which would replace ours
             vars(new).setdefault(attribute, value)  # qconfig and the like
     new._original = [original]
     return new
@@ -107,12 +126,19 @@ def convert_frozen_bn(
     """Replace the batch normalizations in ``module`` by frozen ones that compute what they compute
     in ``eval()`` mode, whatever mode the model is in later.
 
-    Converts BatchNorm1d/2d/3d, SyncBatchNorm (no process group needed), lazy ones that have been
-    run, torchvision's FrozenBatchNorm2d, the DetrFrozenBatchNorm2d of Hugging Face's transformers
-    and its copies for other models, and timm's BatchNormAct2d, SyncBatchNormAct and
-    FrozenBatchNormAct2d with their activation. Names, order, eps, dtype, device (meta too),
-    ``training``, hooks and sharing are kept. What cannot be frozen is left alone, each with a
-    warning that says why. Converting twice changes nothing.
+    Converts BatchNorm1d/2d/3d, SyncBatchNorm (no process group needed), subclasses that change
+    their ``__init__`` only, lazy ones that have been run, and timm's BatchNormAct2d,
+    SyncBatchNormAct and FrozenBatchNormAct2d with their activation. Frozen batch normalizations of
+    other projects (torchvision's, detectron2's, DETR's, ...) are recognised by what they compute:
+    the ``forward`` of a module that holds nothing but the four vectors is tried on made-up values.
+
+    Names, order, eps, dtype, device (meta too), hooks and sharing are kept. What cannot be frozen,
+    or only looks like a batch normalization, is left alone, each with a warning that says why.
+    Converting twice changes nothing.
+
+    Make optimizer groups before: code that decides by ``isinstance(layer, _BatchNorm)`` what is
+    decayed does not find frozen layers (or use :func:`frozen_bn.norm_parameters`). An optimizer
+    made before goes on working with ``freeze_affine=False``.
 
     Args:
         module: changed in place.
@@ -123,9 +149,9 @@ def convert_frozen_bn(
             layer) and the activation after that; and overwrite the output of a convolution that
             nothing else reads. See :func:`summary` for what was merged, or why not.
         fold_conv: the same, but fold what follows a convolution into its weight and bias, at every
-            call, so that gradients reach the weight and a trainable affine as before. Where no
-            gradient is wanted the folded weights are kept until a parameter changes (a write
-            through ``.data`` is not noticed).
+            call, so that gradients reach the weight and a trainable affine as before. Where none is
+            wanted of them, the pass of an activation or sum that follows does it all instead. For
+            weights that are final see :func:`frozen_bn.fold_for_inference`.
         where: ``where(name, module)`` picks the layers, by their qualified name; all by default.
 
     Returns:
@@ -157,8 +183,11 @@ def convert_frozen_bn(
         replacements[layer] = frozen
         if _never_trained(layer):
             never_trained.append(name)
+    elsewhere = [name for name, _ in unregistered(module)]
     for text in left_alone.values():
         warnings.warn(text, stacklevel=2)
+    for name in elsewhere:
+        warnings.warn(f"frozen_bn: {name!r} is left as it is: {NO_SUBMODULE}", stacklevel=2)
     if never_trained:
         others = len(never_trained) - 1
         subject = f"{never_trained[0]!r} " + (f"and {others} more were" if others else "was")
@@ -178,17 +207,32 @@ def _check_thawable(frozen: _FrozenBatchNorm) -> None:
         raise LeftAlone("FSDP holds on to it, unfreeze before sharding")
     kept = {"act", "drop"} if isinstance(frozen, FrozenBatchNormAct2d) else set()
     registered = {*frozen._parameters, *frozen._buffers, *frozen._modules}
-    altered = (registered ^ {*VECTORS}) - kept
+    altered = (registered ^ {*VECTORS}) - kept - {*_profilers_counters(frozen)}
     if altered:  # by pruning, a parametrization and the like, which unfreezing would lose
         raise LeftAlone(f"it was altered ({', '.join(sorted(altered))})")
 
 
-def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
+def _thawed_vectors(frozen: _FrozenBatchNorm) -> dict[str, Any]:
+    """The vectors as a live layer can have them: no mixture of half precision and float32."""
+    vectors = {name: getattr(frozen, name) for name in VECTORS}
+    dtype = vectors["weight"].dtype if isinstance(vectors["weight"], Parameter) else None
+    if dtype is None or not frozen.kept_wide:
+        return vectors
+    for name in ("running_mean", "running_var"):
+        narrowed = vectors[name].to(dtype)
+        if not narrowed.is_meta and not torch.isfinite(narrowed).all():
+            raise LeftAlone(f"{name} does not fit in {str(dtype).removeprefix('torch.')}")
+        vectors[name] = narrowed
+    return vectors
+
+
+def _thaw(frozen: _FrozenBatchNorm, training: bool) -> nn.Module:
     _check_thawable(frozen)
     original = frozen._original[0] if frozen._original else live_form(frozen)
-    check_eps_fits(frozen, original)
-    for name in VECTORS:
-        value, old = getattr(frozen, name), getattr(original, name)
+    vectors = _thawed_vectors(frozen)
+    give_eps(original, frozen.eps)
+    for name, value in vectors.items():
+        old = getattr(original, name)
         if name in original._buffers:
             original._buffers[name] = value if value is None else value.detach()
         elif value is None or isinstance(value, Parameter):
@@ -204,18 +248,30 @@ def _thaw(frozen: _FrozenBatchNorm) -> nn.Module:
         device = frozen.running_mean.device
         moved = torch.zeros_like(count, device=device) if count.is_meta else count.to(device)
         original._buffers["num_batches_tracked"] = moved
-    if hasattr(original, "eps"):
-        original.eps = frozen.eps  # type: ignore[assignment]
     _share_hooks(frozen, original)
     original._modules.update(frozen._modules)
+    original._buffers.update((name, frozen._buffers[name]) for name in _profilers_counters(frozen))
     for part in {*original.modules()} - {*frozen.modules()}:
-        part.training = frozen.training
+        part.training = training
     return original
+
+
+def _surrounding_modes(root: nn.Module) -> dict[nn.Module, bool]:
+    """Whether the first module that holds it is in training mode, by the module held."""
+    modes: dict[nn.Module, bool] = {}
+    for parent in root.modules():
+        for child in parent._modules.values():
+            if child is not None:
+                modes.setdefault(child, parent.training)
+    return modes
 
 
 def unfreeze_bn(module: nn.Module) -> nn.Module:
     """Undo :func:`convert_frozen_bn`: the original modules return, with their class, momentum,
     ``num_batches_tracked`` and ``requires_grad``, and the values that the frozen ones have now.
+    Each gets the mode (``training``) of the module that holds it. After ``half()`` a frozen affine
+    and its statistics are still float32, which torch's layers take; behind a trained affine the
+    statistics get its dtype, and the layer is left alone, with a warning, where they do not fit.
 
     Frozen modules that were not converted become ``torch.nn.BatchNorm1d/2d/3d``; one that was made
     with an activation is left alone, with a warning.
@@ -227,11 +283,13 @@ def unfreeze_bn(module: nn.Module) -> nn.Module:
         ``module``, or its replacement where it is itself a frozen batch normalization.
     """
     unfuse_forwards(module)
+    modes = _surrounding_modes(module)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, _FrozenBatchNorm):
             try:
-                replacements[layer] = _thaw(layer)
+                own = bool(layer._original) and layer._original[0].training
+                replacements[layer] = _thaw(layer, modes.get(layer, own))
             except LeftAlone as reason:
                 warnings.warn(f"frozen_bn: {name!r} is left as it is: {reason}", stacklevel=2)
     return _replace(module, replacements)

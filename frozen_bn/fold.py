@@ -10,14 +10,13 @@ the convolution is not needed for any of them (unlike for the affine gradient of
 from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .checks import Statistics, arithmetic_dtype
+from .functional import has_kernels
 from .modules import _FrozenBatchNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,22 +25,6 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-
-
-class _Folded(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    eps: float
-    sources: list[Tensor]  # what it was made of,
-    state: list[tuple[Any, ...]]  # and how that was then
-    kept: list[Any]  # the storages, so that their addresses do not recur
-
-
-#: By batch normalization, what was folded while no gradient was wanted.
-_cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
-
-# Fused optimizers write without counting it as a modification.
-register_optimizer_step_post_hook(lambda *_: _cache.clear())
 
 
 def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
@@ -78,9 +61,6 @@ class Sources(NamedTuple):
         weight, bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
         return cls(weight, bias, bn.statistics())
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (*self[:2], *self.bn) if isinstance(t, Tensor)]
-
 
 def fold(conv: nn.Module, sources: Sources) -> tuple[Tensor, Tensor]:
     """The weight and bias of the convolution that does the work of both, computed in float32
@@ -112,52 +92,35 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
-def _is_written_unseen(conv: nn.Module, bn: nn.Module) -> bool:
-    """Whether autograd is not told of new values: FSDP gathers parameters, and DDP broadcasts
-    buffers, without counting it as a modification; a CUDA graph is replayed."""
-    parallel = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    capturing = torch.cuda.is_current_stream_capturing  # which fails where there is no GPU
-    captured = torch.cuda.is_initialized() and capturing()  # type: ignore[no-untyped-call]
-    return parallel is not None or is_sharded(conv) or is_sharded(bn) or captured
+def _is_trained(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
+    """Whether a gradient is wanted of what would be folded."""
+    parameters = (*conv.parameters(), *bn.parameters())
+    return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
 
-def _folded(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
-    """:func:`fold`, computed anew only after a change where no gradient is wanted."""
-    sources = Sources.of(conv, bn)
-    tensors = sources.tensors()
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    uncounted = any(t.is_inference() for t in tensors) or _is_written_unseen(conv, bn)
-    if differentiated or uncounted:
-        _cache.pop(bn, None)
-        return fold(conv, sources)
-    storages = [t.untyped_storage() for t in tensors]
-    state = [
-        (id(t), t._version, t.dtype, storage._cdata, t.storage_offset())
-        for t, storage in zip(tensors, storages, strict=True)
-    ]
-    known = _cache.get(bn)
-    if known is None or known.state != state or known.eps != bn.eps:
-        # Outside of inference mode, for a later call may save them for its backward pass.
-        with torch.inference_mode(False), torch.no_grad():
-            known = _Folded(*fold(conv, sources), bn.eps, tensors, state, storages)
-        if type(known.weight) is Tensor:  # not one of FakeTensorMode's
-            _cache[bn] = known
-    return known.weight, known.bias
+#: What is yet to be done to the output of a convolution: nothing, add a bias, or normalize.
+Rest = Tensor | _FrozenBatchNorm | None
 
 
 def convolve(
-    conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor, bias_later: bool
-) -> tuple[Tensor, Tensor | None]:
+    conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor, another_pass: bool
+) -> tuple[Tensor, Rest]:
     """``bn(conv(input))`` by one convolution, but for an activation that ``bn`` has.
 
-    With ``bias_later`` the second result has yet to be added: a kernel that passes over the output
-    anyway does so for nothing, where cuDNN's convolutions are followed by another pass.
+    Nothing is kept from call to call: the vectors and weights are written to by too many, and in
+    too many ways, to notice it.
+
+    With ``another_pass`` over the output to come, which has an activation or a sum to do, that pass
+    can take the rest: the bias, where cuDNN's convolutions are followed by another pass; or, where
+    the weight is not trained, the whole layer, and then the weight is not even read.
     """
     rank = len(conv.kernel_size)  # type: ignore[arg-type]
     if input.dim() != rank + 2:  # no batch: ``bn`` has something to say
         return bn.normalize(conv(input), None, None, 0.0, False), None
-    weight, bias = _folded(conv, bn)
-    own, later = (None, bias) if bias_later else (bias.to(weight.dtype), None)
+    if another_pass and has_kernels(input) and not _is_trained(conv, bn):
+        return conv(input), bn
+    weight, bias = fold(conv, Sources.of(conv, bn))
+    own, later = (None, bias) if another_pass else (bias.to(weight.dtype), None)
     transposed = _transposed(conv)
     if transposed is None:
         return conv._conv_forward(input, weight, own), later  # type: ignore[operator]

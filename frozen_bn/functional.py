@@ -247,7 +247,7 @@ def frozen_batch_norm(
 
     Args:
         input: ``[N, C, ...]``, float16, bfloat16, float32 or float64, any strides. Full speed where
-            its elements are gapless in memory (contiguous, ``channels_last``); else it is copied.
+            it is contiguous or ``channels_last``; else it is copied.
         running_mean: ``[C]``, any of those dtypes, also another than the input's.
         running_var: ``[C]``, likewise; not negative (not checked: it would stall a GPU).
         weight: ``[C]`` or ``None`` for ones.
@@ -261,7 +261,8 @@ def frozen_batch_norm(
             the weight or of a smooth activation needs the input, of which a copy is then kept.
 
     Returns:
-        A tensor of the shape, dtype and memory order of ``input``.
+        A tensor of the shape and dtype of ``input``: contiguous, or channels_last (also
+        channels_last_3d) where ``input`` is, as the output of ``torch.nn.BatchNorm2d``.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, ``eps`` is negative or not finite, or
@@ -287,7 +288,8 @@ def frozen_batch_norm(
         return reference.frozen_batch_norm(*arguments, **options)
     code = _code(activation)
     constants = (running_mean, running_var, eps, code, negative_slope, inplace, False)
-    return _run(input, weight, bias, residual, constants)
+    ordered = input if inplace or input.is_contiguous() else reference.in_torchs_order(input)
+    return _run(ordered, weight, bias, residual, constants)
 
 
 # What torch.jit.script takes instead.

@@ -248,17 +248,22 @@ def _rewrite(graph: fx.Graph, merge: _Merge, fold_conv: bool) -> fx.Node:
     return call(merged.add_and_activate, merge.nodes, value, residual, *tail)
 
 
-def _called(module: nn.Module) -> Iterator[_FrozenBatchNorm]:
+def only_holds(module: nn.Module) -> bool:
+    """Whether it has no ``forward``: a ModuleList, or what torch.fx makes to hold children."""
+    return type(module).forward is nn.Module.forward
+
+
+def called(module: nn.Module) -> Iterator[_FrozenBatchNorm]:
     """The frozen batch normalizations that its own ``forward`` may call."""
     for child in module.children():
         if isinstance(child, _FrozenBatchNorm):
             yield child
-        elif is_plain_sequential(child) or type(child) in (nn.ModuleList, nn.ModuleDict):
-            yield from _called(child)
+        elif is_plain_sequential(child) or only_holds(child):
+            yield from called(child)
 
 
 def _calls_frozen(module: nn.Module) -> bool:
-    return any(True for _ in _called(module))
+    return any(True for _ in called(module))
 
 
 def _crossed(sequential: str, merge: _Merge) -> bool:
@@ -408,19 +413,26 @@ def _tell_rest(root: nn.Module, shared: set[nn.Module]) -> None:
             layer.fate = Fate(reason=reason)
 
 
+def shared_modules(root: nn.Module) -> set[nn.Module]:
+    """Those that have several places in ``root``."""
+    places = Counter(child for module in root.modules() for child in module._modules.values())
+    return {module for module, count in places.items() if module is not None and count > 1}
+
+
 def fuse_forwards(root: nn.Module, fold_conv: bool) -> None:
     """Fuses every frozen batch normalization in ``root`` that can be, in place."""
     unfuse_forwards(root)
-    places = Counter(child for module in root.modules() for child in module._modules.values())
-    shared = {module for module, count in places.items() if module is not None and count > 1}
+    shared = shared_modules(root)
     inlined: set[nn.Module] = set()
     for module in root.modules():
-        if isinstance(module, _FrozenBatchNorm) or module in inlined or not _calls_frozen(module):
+        if isinstance(module, _FrozenBatchNorm) or module in inlined or only_holds(module):
+            continue
+        if not _calls_frozen(module):
             continue
         try:
             inlined |= _fuse_forward(module, fold_conv, shared)
         except CannotTrace as reason:
-            for layer in _called(module):
+            for layer in called(module):
                 if layer.fate == Fate():
                     layer.fate = Fate(reason=f"{type(module).__name__}.forward: {reason}")
     _tell_rest(root, shared)
@@ -429,7 +441,8 @@ def fuse_forwards(root: nn.Module, fold_conv: bool) -> None:
 def unfuse_forwards(root: nn.Module) -> None:
     """Undoes :func:`fuse_forwards`."""
     for module in root.modules():
-        if isinstance(vars(module).get("forward"), TracedForward):
+        own = vars(module).get("forward")
+        if isinstance(getattr(own, "__func__", own), TracedForward):
             del vars(module)["forward"]
         if isinstance(module, _FrozenBatchNorm):
             module.fate = Fate()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import SMOOTH, activation_code
+from .fold import Rest
 from .functional import activate
 from .modules import _FrozenBatchNorm
 from .pair import frozen_batch_norm_pair
@@ -83,15 +84,17 @@ def normalize_branches(
 
 
 def add_and_activate(
-    convolved: tuple[Tensor, Tensor | None],
+    convolved: tuple[Tensor, Rest],
     residual: Tensor | None,
     activation: str | None,
     negative_slope: float,
     into: bool,
 ) -> Tensor:
     """``act(input + bias + residual)``, written over ``input``, the output of a convolution whose
-    bias, if there is one here, is still to be added."""
+    bias, if there is one here, is still to be added; or ``act(bn(input) + residual)``."""
     input, bias = convolved
+    if isinstance(bias, _FrozenBatchNorm):
+        return normalize(bias, input, True, residual, activation, negative_slope, into)
     if residual is not None and not _is_plain_sum(input, residual):
         if bias is not None:
             input = activate(input, bias, None, None, 0.0)

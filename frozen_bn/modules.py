@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,19 @@ class Fate(NamedTuple):
     reason: str = ""  # if nothing of it
 
 
+def _upgrade(
+    original: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """Does to ``state_dict`` what the class of ``original`` does before it loads one: detectron2
+    corrects the variances of old versions. What it loads goes nowhere."""
+    kind = type(original)
+    if kind._load_from_state_dict is not nn.Module._load_from_state_dict:
+        shell = nn.Module.__new__(kind)
+        vars(shell).update(vars(original), _parameters={}, _buffers={}, _modules={})
+        vars(shell)["_load_state_dict_pre_hooks"] = {}
+        shell._load_from_state_dict(state_dict, prefix, metadata, False, [], [], [])
+
+
 class _FrozenBatchNorm(nn.Module):
     """What the modules of all ranks share. ``train()`` and ``eval()`` change nothing."""
 
@@ -35,7 +49,10 @@ class _FrozenBatchNorm(nn.Module):
         _original: list[nn.Module]
 
     __constants__ = ("_ranks",)
-    __jit_ignored_attributes__ = ("_original", "fate")
+    __jit_ignored_attributes__ = ("_original", "fate", "__module__", "kept_wide")
+
+    #: Whether half() or the like has been told to narrow the statistics, and was not obeyed.
+    kept_wide: bool = False
 
     #: The numbers of input dimensions taken; empty for any.
     _ranks: tuple[int, ...] = ()
@@ -44,17 +61,23 @@ class _FrozenBatchNorm(nn.Module):
         self,
         num_features: int,
         eps: float = 1e-5,
-        *,
+        momentum: float | None = None,
         affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         freeze_affine: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
         inplace: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         activation_code(activation)
+        if not track_running_stats:  # there would be no statistics, and made-up ones would be used
+            raise ValueError(
+                mismatch(type(self).__name__, "track_running_stats to be True", "False")
+            )
         self.num_features = num_features
         self.eps = eps
         self.affine = affine
@@ -62,6 +85,11 @@ class _FrozenBatchNorm(nn.Module):
         self.activation = activation
         self.negative_slope = negative_slope
         self.inplace = inplace
+        self.track_running_stats = True  # for code that asks, as it asks for ``training``
+        self.training = False
+        # torch.fx takes a module for a leaf by the module path that the *instance* has. Looked
+        # into, it would be a call of a function, and gone with its name and its fate.
+        self.__module__ = "torch.nn"
         # What convert_frozen_bn replaced, for unfreeze_bn; in a list, so as not to be a submodule.
         self._original = []
         self.fate = Fate()
@@ -79,6 +107,23 @@ class _FrozenBatchNorm(nn.Module):
             self.register_buffer(name, value)
         else:
             self.register_parameter(name, None if value is None else Parameter(value))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Never in training: somebody hands it to F.batch_norm, which then moves the statistics.
+        super().__setattr__(name, cast(Any, False) if name == "training" else value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            old, new = before.get(name), self._buffers.get(name)
+            if old is None or new is None:
+                continue
+            # Half precision has less range: a variance of raw pixels would be inf, a small one 0.
+            if new.is_floating_point() and old.dtype.itemsize >= 4 > new.dtype.itemsize:
+                self._buffers[name] = old.to(new.device, torch.float32)
+                self.kept_wide = True
+        return self
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input``, add ``residual`` (same shape and dtype), apply the activation."""
@@ -176,6 +221,9 @@ class _FrozenBatchNorm(nn.Module):
             else value
             for key, value in state_dict.items()
         }
+        for original in self._original:
+            if not isinstance(original, nn.modules.batchnorm._BatchNorm):
+                _upgrade(original, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -216,19 +264,28 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
     checkpoints load strictly with or without ``num_batches_tracked``. The formula is that of
     :func:`frozen_bn.frozen_batch_norm`.
 
+    ``training`` stays False, whatever ``train()`` is told. The statistics, and a frozen affine,
+    stay float32 under ``half()``, ``bfloat16()`` and ``to(dtype)``: others have not their range.
+
+    It is no ``torch.nn.modules.batchnorm._BatchNorm``, or ``convert_sync_batchnorm`` and
+    ``update_bn`` would revive it. So optimizer groups made by ``isinstance`` take a trained affine
+    for any other parameter: make them before converting, or by :func:`frozen_bn.norm_parameters`.
+
     Args:
         num_features: C.
         eps: added to the variance.
+        momentum: has no meaning here; taken because ``torch.nn.BatchNorm2d`` takes it.
         affine: whether there are weight and bias.
+        track_running_stats: likewise; has to be true.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers; need not be the input's.
         freeze_affine: they are buffers, which no optimizer sees; else trainable parameters.
         activation: applied in the same pass; see :func:`frozen_bn.frozen_batch_norm`.
         negative_slope: of ``"leaky_relu"``.
         inplace: write the output over the input.
-        device: of the parameters and buffers.
-        dtype: of the parameters and buffers; need not be the input's.
 
     Raises:
-        ValueError: an unknown ``activation``.
+        ValueError: an unknown ``activation``, or ``track_running_stats=False``.
         RuntimeError: from ``forward``, for an input of another rank, or as
             :func:`frozen_bn.frozen_batch_norm`.
     """

@@ -148,7 +148,7 @@ def frozen_batch_norm_pair(
             gradient of a smooth activation needs the input, of which a copy is then kept.
 
     Returns:
-        A tensor of the shape, dtype and memory order of ``input``.
+        A tensor of the shape and dtype of ``input``: contiguous, or channels_last where it is.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, an eps is negative or not finite, or
@@ -192,4 +192,6 @@ def frozen_batch_norm_pair(
             residual=frozen_batch_norm(residual, *residual_statistics),
             inplace=inplace,
         )
+    if not inplace:
+        input = reference.in_torchs_order(input)
     return _run(input, residual, (statistics, residual_statistics, code, negative_slope, inplace))

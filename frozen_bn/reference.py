@@ -42,6 +42,24 @@ def _slope(z: Tensor, activation: str | None) -> Tensor:
     return torch.where(z <= -3, 0.0, inner)
 
 
+def in_torchs_order(input: Tensor) -> Tensor:
+    """``input`` in the memory order that the output of ``torch.nn.BatchNorm2d`` would have:
+    contiguous, or channels_last where it is that; copied if it is neither. What comes next may
+    take a ``view`` of it."""
+    if input.is_contiguous():
+        return input
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        compiling = torch.compiler.is_compiling()
+        # Inside of vmap a tensor cannot be asked for channels_last.
+        if not compiling and torch._C._are_functorch_transforms_active():
+            return input
+    if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
+        return input
+    if input.dim() == 5 and input.is_contiguous(memory_format=torch.channels_last_3d):
+        return input
+    return input.contiguous()
+
+
 def _broadcastable(vector: Tensor, like: Tensor) -> Tensor:
     """``[C]`` to ``[1, C, 1, ...]``."""
     return vector.reshape([1, -1] + [1] * (like.dim() - 2))
@@ -107,7 +125,8 @@ def positional(
     keyword-only arguments."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         check_scripted(input, running_mean, residual)
-    z = _normalize(input, running_mean, running_var, weight, bias, eps)
+    ordered = input if inplace else in_torchs_order(input)
+    z = _normalize(ordered, running_mean, running_var, weight, bias, eps)
     if residual is not None:
         z = z + residual.to(z.dtype)
     output = activate(z, activation, negative_slope).to(input.dtype)
@@ -133,7 +152,8 @@ def frozen_batch_norm_pair(
         check_inplace(input, "forward_pair")
     statistics, residual_statistics = Statistics(*statistics), Statistics(*residual_statistics)
     check_forward(input, statistics, residual, residual_statistics)
-    z = _normalize(input, *statistics) + _normalize(residual, *residual_statistics)
+    ordered = input if inplace else in_torchs_order(input)
+    z = _normalize(ordered, *statistics) + _normalize(residual, *residual_statistics)
     output = activate(z, activation, negative_slope).to(input.dtype)
     if inplace:
         return input.copy_(output)

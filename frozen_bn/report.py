@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .convert import unfreeze_bn
 from .modules import _FrozenBatchNorm
-from .recognise import is_batch_norm, why_not_frozen
+from .recognise import NO_SUBMODULE, is_batch_norm, unregistered, why_not_frozen
 
 
 def _state(layer: nn.Module) -> tuple[str, str]:
@@ -63,6 +64,26 @@ def _live(module: nn.Module) -> nn.Module:
     return module
 
 
+#: Whose weights and biases are usually not decayed.
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
+
+
+def norm_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases of every normalization in ``module`` that require grad: of frozen and
+    live batch normalizations, and of torch's other normalizations; each once, in order.
+
+    For optimizer groups: code that finds them by ``isinstance(layer, _BatchNorm)`` does not find
+    those of frozen layers, and has their trained affine decayed like a convolution's weight.
+    """
+    own = (
+        parameter
+        for layer in module.modules()
+        if isinstance(layer, (_FrozenBatchNorm, *_NORMS)) or is_batch_norm(layer)
+        for parameter in layer.parameters(recurse=False)
+    )
+    return [parameter for parameter in dict.fromkeys(own) if parameter.requires_grad]
+
+
 def _table(rows: list[tuple[str, str, str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -84,6 +105,9 @@ def summary(module: nn.Module, *inputs: Any) -> str:
         if is_batch_norm(layer) or isinstance(layer, _FrozenBatchNorm)
     }
     states = {name: _state(layer) for name, layer in layers.items()}
+    elsewhere = dict(unregistered(module))
+    layers |= elsewhere
+    states |= {name: ("skipped", f"skipped: {NO_SUBMODULE}") for name in elsewhere}
     rows = [("name", "class", "state")]
     rows += [
         (name or "(root)", type(layers[name]).__name__, text) for name, (_, text) in states.items()

@@ -155,7 +155,10 @@ class TracedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
         function = None
-        if not (kwargs or is_transformed()):
+        if args and type(args[0]) is type(owner):
+            # Bound anew, as if it was a function: accelerate does, where it takes its wrapper away.
+            owner, args = args[0], args[1:]
+        if owner is self.owner and not (kwargs or is_transformed()):
             if sys.getrefcount(self) > _REFERENCES:  # somebody else has it
                 owner = _caller(owner)
             if owner is self.owner:

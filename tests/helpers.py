@@ -56,6 +56,14 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         )
 
 
+def output_strides(x: Tensor) -> tuple[int, ...]:
+    """Of what torch.nn.BatchNorm makes of ``x`` on a CPU: contiguous, or channels_last where it is.
+    Of dimensions of one element ours are those of ``x``."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    kept = x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+    return torch.empty_like(x).stride() if kept else torch.empty(x.shape, device="meta").stride()
+
+
 def calm_(module: nn.Module) -> nn.Module:
     """As :func:`randomize_`, with values that do not grow over the layers of a deep network."""
     for layer in randomize_(module).modules():

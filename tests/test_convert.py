@@ -188,12 +188,12 @@ def test_names_and_order_of_children_are_kept():
     assert frozen_names(net) == ["norms.b", "last.0", "last.2"]
 
 
-def test_the_training_flag_of_each_layer_is_kept_both_ways():
-    net = network()
+def test_a_layer_is_never_in_training_and_gets_the_mode_of_what_is_around_it_when_thawed():
+    net = network().train()
     net[1].eval()
     convert_frozen_bn(net)
-    assert [net[1].training, net[3][1].training] == [False, True]
-    net[1].train()
+    net.train()
+    assert [net[1].training, net[3][1].training] == [False, False]
     net[3].eval()
     unfreeze_bn(net)
     assert [net[1].training, net[3][1].training] == [True, False]

@@ -116,8 +116,8 @@ def test_symbolic_trace_of_a_layer(options):
 def test_symbolic_trace_of_a_network(options):
     net = network(**options)
     traced = fx.symbolic_trace(net)
-    calls = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert calls.count(frozen_bn.frozen_batch_norm) == 4
+    called = [traced.get_submodule(n.target) for n in traced.graph.nodes if n.op == "call_module"]
+    assert sum(type(module) is frozen_bn.FrozenBatchNorm2d for module in called) == 4
     for shape in (IMAGES, (1, 3, 6, 9)):
         assert_equals(traced, net, torch.randn(shape))
 

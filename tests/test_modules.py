@@ -140,10 +140,30 @@ def test_unknown_activation_is_refused_when_made(frozen_class, activation):
         frozen_class(C, activation=activation)
 
 
-def test_only_eps_is_positional():
-    parameters = list(inspect.signature(FrozenBatchNorm2d).parameters.values())
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == ["num_features", "eps"]
+def test_positional_arguments_are_those_of_batch_norm():
+    def positional(kind: type[nn.Module]) -> list[str]:
+        parameters = inspect.signature(kind).parameters.values()
+        return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert positional(FrozenBatchNorm2d) == positional(nn.BatchNorm2d)[:7]
+
+
+@pytest.mark.parametrize("frozen_class", FROZEN)
+def test_what_builders_of_layers_hand_over_is_taken(frozen_class):
+    for frozen in (
+        frozen_class(C, 0.1, 0.01),
+        frozen_class(C, 0.1, momentum=0.01),
+        frozen_class(C, 0.1, None, True, True, "cpu", torch.float32),
+        frozen_class(C, eps=0.1, momentum=0.1, affine=True, track_running_stats=True),
+    ):
+        assert repr(frozen) == repr(frozen_class(C, 0.1))
+    assert frozen_class(C, 0.1, 0.01, False).weight is None
+
+
+def test_no_statistics_are_made_up_for_a_builder_that_wants_none():
+    expected = r"frozen_bn::FrozenBatchNorm2d: expected track_running_stats to be True, but got"
+    with pytest.raises(ValueError, match=expected):
+        FrozenBatchNorm2d(C, track_running_stats=False)
 
 
 # What it holds
@@ -311,7 +331,7 @@ def test_train_and_eval_give_the_same_bits_while_a_dropout_goes_on_dropping():
     norms, outputs = {}, {}
     for mode in (True, False):
         net.train(mode)
-        assert net[0].training is mode
+        assert net[0].training is False
         norms[mode], outputs[mode] = net[0](x), net(x)
     assert torch.equal(norms[True], norms[False])
     assert torch.equal(outputs[False], norms[False])
@@ -338,11 +358,12 @@ def test_copies_are_equal_and_independent(clone, freeze_affine):
 
 @pytest.mark.parametrize("freeze_affine", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_casting_casts_the_vectors_but_the_output_has_the_inputs_dtype(dtype, freeze_affine):
-    live, frozen = live_and_frozen(freeze_affine=freeze_affine)
-    frozen.to(dtype)
-    assert {v.dtype for v in frozen.state_dict().values()} == {dtype}
-    live.to(dtype).double()  # the rounded values, exactly
+def test_vectors_of_any_dtype_and_the_output_has_the_inputs(dtype, freeze_affine):
+    live = randomize_(nn.BatchNorm2d(C)).eval().to(dtype)
+    frozen = FrozenBatchNorm2d(C, freeze_affine=freeze_affine, dtype=dtype)
+    frozen.load_state_dict(live.state_dict())
+    assert {v.dtype for v in frozen.to(dtype).state_dict().values()} == {dtype}
+    live.double()  # the rounded values, exactly
     x = torch.randn(2, C, 4, 4)
     for input_dtype, tolerance in [(dtype, None), (torch.float32, 1e-5)]:
         y = frozen(x.to(input_dtype))
@@ -354,8 +375,10 @@ def test_casting_casts_the_vectors_but_the_output_has_the_inputs_dtype(dtype, fr
 
 @pytest.mark.parametrize("name", ["half", "bfloat16", "double", "float"])
 def test_the_named_casts_work(name):
+    dtype = getattr(torch, name)
     frozen = getattr(FrozenBatchNorm2d(C), name)()
-    assert {v.dtype for v in frozen.state_dict().values()} == {getattr(torch, name)}
+    wide = dtype if dtype.itemsize >= 4 else torch.float32
+    assert {v.dtype for v in frozen.state_dict().values()} == {wide}
 
 
 def test_to_meta_and_back_to_empty_memory():
@@ -369,7 +392,14 @@ def test_to_meta_and_back_to_empty_memory():
 def test_fx_keeps_the_call_as_a_leaf():
     layer = frozen_bn.FrozenBatchNorm2d(4, activation="relu")
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), layer))
-    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert targets == [frozen_bn.frozen_batch_norm]
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert targets == ["0", "1"]
+    assert traced.get_submodule("1") is layer
     x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(traced(x), layer(traced.get_submodule("0")(x)))
+
+
+def test_fx_keeps_the_function_as_one_call():
+    traced = torch.fx.symbolic_trace(frozen_bn.FrozenBatchNorm2d(4, activation="relu"))
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [frozen_bn.frozen_batch_norm]

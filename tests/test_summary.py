@@ -14,7 +14,8 @@ C = 8
 
 
 class Custom(nn.BatchNorm2d):
-    pass
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class Block(nn.Module):

@@ -70,12 +70,32 @@ def test_unfreezing_gives_back_the_very_modules_and_state(freeze_affine):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_unfreezing_after_a_change_of_dtype(dtype, freeze_affine):
+    """A frozen affine and its statistics have not been narrowed; behind a trained one, statistics
+    are now, for torch takes no mixture."""
     net = odd_network()
+    live = snapshot(net)
     expected = snapshot(copy.deepcopy(net).to(dtype))
     flags = [p.requires_grad for p in net.parameters()]
     unfreeze_bn(convert_frozen_bn(net, freeze_affine=freeze_affine).to(dtype))
+    kept = freeze_affine and dtype.itemsize < 4
+    without_affine = [f"1.{name}" for name in VECTORS] if dtype.itemsize < 4 else []
+    for name, value in live.items():
+        if kept or name in without_affine:
+            expected[name] = value
     assert_same_bits(snapshot(net), expected)
     assert [p.requires_grad for p in net.parameters()] == flags
+    net(torch.randn(2, C, 5, 5, dtype=dtype))
+
+
+def test_statistics_that_do_not_fit_are_not_thawed_into_half_precision():
+    net = network()
+    net[1].running_var.fill_(1e6)
+    convert_frozen_bn(net, freeze_affine=False).half()
+    (text,) = messages(lambda: unfreeze_bn(net))
+    assert text.endswith("'1' is left as it is: running_var does not fit in float16")
+    assert net[1].running_var.max() == 1e6
+    assert messages(lambda: unfreeze_bn(net.float())) == []
+    assert net[1].running_var.max() == 1e6
 
 
 def test_gradients_made_before_follow_a_change_of_dtype():
@@ -181,7 +201,8 @@ def test_freezing_and_unfreezing_may_be_repeated():
     ],
 )
 def test_layers_made_by_hand_become_live_ones(frozen_class, live_class, freeze_affine):
-    frozen = randomize_(frozen_class(C, 0.1, freeze_affine=freeze_affine)).half().eval()
+    frozen = frozen_class(C, 0.1, freeze_affine=freeze_affine, dtype=torch.float16)
+    randomize_(frozen).train()
     before = snapshot(frozen)
     live = unfreeze_bn(frozen)
     assert type(live) is live_class
