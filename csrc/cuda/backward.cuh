@@ -21,58 +21,54 @@ struct BackwardInputs {
   }
 };
 
-// The gradient behind the activation.
-template <class T, Activation kAct, bool kPair, class Channels>
-__device__ Floats gradient_behind(
-    const BackwardParams& p, const BackwardInputs<T>& inputs, const Channels& channels) {
-  Floats g = unpack<T>(inputs.grad_output);
-  with_activation<kAct>(p.activation, [&](auto found) {
-    constexpr Activation kThis = decltype(found)::value;
-    if constexpr (needs_input(kThis)) {
-      const Floats z =
-          preactivation<kPair, true>(unpack<T>(inputs.input), unpack<T>(inputs.residual), channels);
+// Takes a gradient g through the activation; x and residual are its inputs.
+template <Activation kAct, bool kPair, class Channels>
+__device__ void behind_activation(
+    Floats& g, const Floats& x, const Floats& residual, uint32_t mask, float negative_slope,
+    const Channels& channels) {
 #pragma unroll
-      for (int k = 0; k < kPackSize; ++k) g.lane[k] *= derivative<kThis>(z.lane[k]);
-    } else if constexpr (needs_mask(kThis)) {
-#pragma unroll
-      for (int k = 0; k < kPackSize; ++k) {
-        const float attenuated =
-            kThis == Activation::kLeakyRelu ? g.lane[k] * p.negative_slope : 0.0f;
-        g.lane[k] = inputs.mask >> k & 1 ? attenuated : g.lane[k];
-      }
+  for (int k = 0; k < kPackSize; ++k) {
+    if constexpr (needs_input(kAct)) {
+      const auto c = channels(k);
+      g.lane[k] *= derivative<kAct>(preactivation<kPair>(x.lane[k], residual.lane[k], c));
+    } else if constexpr (needs_mask(kAct)) {
+      const float attenuated = kAct == Activation::kLeakyRelu ? g.lane[k] * negative_slope : 0.0f;
+      g.lane[k] = mask >> k & 1 ? attenuated : g.lane[k];
     }
-  });
-  return g;
+  }
 }
 
-// add(channel_of, lane, g, g * (input - mean)) collects the sums. Lanes beyond the count have g =
-// 0.
+// add(lane, g, g * (input - mean)) collects the sums. Lanes beyond the count have g = 0.
 template <class T, Activation kAct, bool kPair = false, class At, class Channels, class Add>
 __device__ void backward_pack(
     const BackwardParams& p, At at, const BackwardInputs<T>& inputs, const Channels& channels,
     Add add) {
   const Floats x = unpack<T>(inputs.input);
-  const Floats gradient = gradient_behind<T, kAct, kPair>(p, inputs, channels);
-  if constexpr (!kPair) {
-    if (p.grad_residual) store<T>(p.grad_residual, at, gradient);
+  Floats gradient = unpack<T>(inputs.grad_output);
+  with_activation<kAct>(p.activation, [&](auto found) {
+    behind_activation<decltype(found)::value, kPair>(
+        gradient, x, unpack<T>(inputs.residual), inputs.mask, p.negative_slope, channels);
+  });
+#pragma unroll
+  for (int k = 0; k < kPackSize; ++k) {
+    add(k, gradient.lane[k], gradient.lane[k] * (x.lane[k] - channels(k).mean));
   }
-  channels.template with_channels<true>([&](const auto& channel_of) {
-    Floats scaled;
-    if constexpr (kPair) {
+  if constexpr (kPair) {
+    if (p.grad_residual) {
+      Floats scaled;
 #pragma unroll
       for (int k = 0; k < kPackSize; ++k) {
-        scaled.lane[k] = gradient.lane[k] * channel_of(k).residual_scale;
+        scaled.lane[k] = gradient.lane[k] * channels(k).residual_scale;
       }
-      if (p.grad_residual) store<T>(p.grad_residual, at, scaled);
+      store<T>(p.grad_residual, at, scaled);
     }
+  } else if (p.grad_residual) {
+    store<T>(p.grad_residual, at, gradient);
+  }
+  if (!p.grad_input) return;
 #pragma unroll
-    for (int k = 0; k < kPackSize; ++k) {
-      const auto c = channel_of(k);
-      add(channel_of, k, gradient.lane[k], gradient.lane[k] * (x.lane[k] - c.mean));
-      scaled.lane[k] = gradient.lane[k] * c.scale;
-    }
-    if (p.grad_input) store<T>(p.grad_input, at, scaled);
-  });
+  for (int k = 0; k < kPackSize; ++k) gradient.lane[k] *= channels(k).scale;
+  store<T>(p.grad_input, at, gradient);
 }
 
 struct Sums {
@@ -148,14 +144,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const Tile tile = traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>>(
       p, table, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
         [[maybe_unused]] Sums first, second;
-        const auto add = [&](const auto& channel_of, int lane, float g, float centered) {
-          if constexpr (kSums) {
-            const bool is_first = channel_of.is_first(lane);
-            first.add(is_first ? g : 0.0f, is_first ? centered : 0.0f);
-            second.add(is_first ? 0.0f : g, is_first ? 0.0f : centered);
-          }
-        };
-        backward_pack<T, kAct>(p, at, inputs, channels, add);
+        channels.template with_channels<true>([&](const auto& channel_of) {
+          backward_pack<T, kAct>(p, at, inputs, channel_of, [&](int lane, float g, float centered) {
+            if constexpr (kSums) {
+              const bool is_first = channel_of.is_first(lane);
+              first.add(is_first ? g : 0.0f, is_first ? centered : 0.0f);
+              second.add(is_first ? 0.0f : g, is_first ? 0.0f : centered);
+            }
+          });
+        });
         if constexpr (kSums) {
           const uint32_t pack = at.number % kTilePacks;
           pack_sums[pack][0] = first;
@@ -209,15 +206,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   if constexpr (kSums && kInShared) put();
   traverse_periodic<BackwardInputs<T>, kBackwardInFlight<T, kAct, kSums>, LaneChannels<kInShared>>(
       p, table, column, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        const auto add = [&](const auto&, int lane, float g, float centered) {
+        backward_pack<T, kAct>(p, at, inputs, channels, [&](int lane, float g, float centered) {
           if constexpr (kSums && kInShared) {
             shared_sums[lane][thread] += g;
             shared_sums[kPackSize + lane][thread] += centered;
           } else if constexpr (kSums) {
             sums[lane].add(g, centered);
           }
-        };
-        backward_pack<T, kAct>(p, at, inputs, channels, add);
+        });
       });
   if constexpr (kSums && !kInShared) put();
   if constexpr (kSums) reduce_rows(p, column, shared_sums);

@@ -261,25 +261,15 @@ struct SharedChannels {
 template <bool kInShared>
 using LaneChannels = std::conditional_t<kInShared, SharedChannels, EightChannels>;
 
-// (x - mean) * scale + bias of each lane, and the residual: if there is one, and in a pair
-// normalized as well.
-template <bool kPair, bool kResidual, class Channels>
-__device__ Floats preactivation(Floats x, const Floats& residual, const Channels& channels) {
-  channels.with_channels([&](const auto& channel_of) {
-#pragma unroll
-    for (int k = 0; k < kPackSize; ++k) {
-      const auto c = channel_of(k);
-      x.lane[k] = normalize(x.lane[k], c.mean, c.scale, c.bias);
-      if constexpr (kPair) {
-        x.lane[k] = normalize(residual.lane[k], c.residual_mean, c.residual_scale, x.lane[k]);
-      }
-    }
-  });
-  if constexpr (kResidual && !kPair) {
-#pragma unroll
-    for (int k = 0; k < kPackSize; ++k) x.lane[k] += residual.lane[k];
+// (x - mean) * scale + bias + residual; in a pair, the residual is normalized as well.
+template <bool kPair, class C>
+__device__ float preactivation(float x, float residual, const C& c) {
+  const float z = normalize(x, c.mean, c.scale, c.bias);
+  if constexpr (kPair) {
+    return normalize(residual, c.residual_mean, c.residual_scale, z);
+  } else {
+    return z + residual;
   }
-  return x;
 }
 
 }  // namespace

@@ -47,8 +47,27 @@ template <class T, Activation kAct, bool kPair = false, bool kResidual, class At
 __device__ void forward_pack(
     const ForwardParams& p, At at, const ForwardInputs<T, kResidual>& inputs,
     const Channels& channels) {
-  Floats x = preactivation<kPair, kResidual>(
-      unpack<T>(inputs.input), unpack<T>(inputs.residual), channels);
+  Floats x = unpack<T>(inputs.input);
+  channels.with_channels([&](const auto& channel_of) {
+#pragma unroll
+    for (int k = 0; k < kPackSize; ++k) {
+      const auto c = channel_of(k);
+      x.lane[k] = normalize(x.lane[k], c.mean, c.scale, c.bias);
+    }
+    if constexpr (kPair) {
+      const Floats residual = unpack<T>(inputs.residual);
+#pragma unroll
+      for (int k = 0; k < kPackSize; ++k) {
+        const auto c = channel_of(k);
+        x.lane[k] = normalize(residual.lane[k], c.residual_mean, c.residual_scale, x.lane[k]);
+      }
+    }
+  });
+  if constexpr (kResidual && !kPair) {
+    const Floats residual = unpack<T>(inputs.residual);
+#pragma unroll
+    for (int k = 0; k < kPackSize; ++k) x.lane[k] += residual.lane[k];
+  }
   with_activation<kAct>(p.activation, [&](auto found) {
     constexpr Activation kThis = decltype(found)::value;
     if constexpr (needs_mask(kThis)) {

@@ -50,11 +50,6 @@ struct PairLaneChannels {
   }
 };
 
-struct NoSums {
-  template <class ChannelOf>
-  __device__ void operator()(const ChannelOf&, int, float, float) const {}
-};
-
 template <class T, Activation kAct>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     frozen_bn_forward_pair_planar_kernel(const __grid_constant__ ForwardPairParams p) {
@@ -83,7 +78,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   __shared__ PlanarPairTable table;
   traverse_planar<BackwardInputs<T>, kBackwardInFlight<T, kAct, false>>(
       p, table, [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        backward_pack<T, kAct, true>(p, at, inputs, channels, NoSums{});
+        channels.template with_channels<true>([&](const auto& channel_of) {
+          backward_pack<T, kAct, true>(p, at, inputs, channel_of, [](int, float, float) {});
+        });
       });
 }
 
@@ -95,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   traverse_periodic<BackwardInputs<T>, kBackwardInFlight<T, kAct, false>, Channels>(
       p, table, Column(p.index),
       [&](auto at, const BackwardInputs<T>& inputs, const auto& channels) {
-        backward_pack<T, kAct, true>(p, at, inputs, channels, NoSums{});
+        backward_pack<T, kAct, true>(p, at, inputs, channels, [](int, float, float) {});
       });
 }
 
