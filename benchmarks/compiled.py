@@ -32,6 +32,9 @@ from rich.table import Table
 
 from frozen_bn.checks import ACTIVATIONS
 
+#: What a kernel is compiled for: an activation, or any of the rarer ones.
+COMPILED = (*ACTIVATIONS, "rare")
+
 LIBRARY = Path(__file__).parents[1] / "frozen_bn" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 OCCUPANCY_WORST = 0.5
 WARP = 32
@@ -131,7 +134,7 @@ def readable(symbol: str) -> str:
     name = re.sub(r"^.*frozen_bn_(\w+?)_kernel", r"\1", name.partition("(frozen_bn::cuda::")[0])
     name = name.replace("__half", "half").replace("__nv_bfloat16", "bfloat16")
     return re.sub(
-        r"\(frozen_bn::Activation\)(\d+)", lambda m: str(ACTIVATIONS[int(m[1])]).lower(), name
+        r"\(frozen_bn::Activation\)(\d+)", lambda m: str(COMPILED[int(m[1])]).lower(), name
     )
 
 

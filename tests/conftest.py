@@ -48,12 +48,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", [*cpu, *ACCELERATORS], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """There are no float64 kernels to emulate: frozen_bn runs plain PyTorch for it on CUDA."""
 
+    def parameters(item: pytest.Item) -> dict[str, object]:
+        return item.callspec.params if hasattr(item, "callspec") else {}
+
     def emulates_nothing(item: pytest.Item) -> bool:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return (parameters.get("device"), parameters.get("dtype")) == ("emulated", torch.float64)
+        given = parameters(item)
+        return (given.get("device"), given.get("dtype")) == ("emulated", torch.float64)
+
+    for item in items:
+        emulated = parameters(item).get("device") == "emulated"
+        if emulated and item.get_closest_marker("long_emulated"):
+            item.add_marker(pytest.mark.long)
 
     config.hook.pytest_deselected(items=[item for item in items if emulates_nothing(item)])
     items[:] = [item for item in items if not emulates_nothing(item)]

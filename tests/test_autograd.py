@@ -72,6 +72,7 @@ def test_gradgradcheck(trainable, activation):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.long_emulated
 @pytest.mark.parametrize("view", ["whole", "sliced"])
 @activations
 @affines
@@ -136,6 +137,7 @@ def test_batched_gradients(activation):
         torch.testing.assert_close(single, tuple(b[i] for b in batched))
 
 
+@pytest.mark.long_emulated
 def test_gradients_without_channels():
     in_subprocess(  # where it once did not return
         "import torch\n"

@@ -14,7 +14,7 @@ compiled = pytest.importorskip(
 
 ARCHITECTURES = sorted(compiled.MULTIPROCESSORS)
 VECTOR = 16  # bytes
-SMOOTH_NAMES = {compiled.ACTIVATIONS[code] for code in SMOOTH}
+SMOOTH_NAMES = {compiled.ACTIVATIONS[code] for code in SMOOTH} | {"rare"}
 
 
 @pytest.fixture(scope="module")

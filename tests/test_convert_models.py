@@ -117,6 +117,7 @@ def outputs(model: nn.Module, arguments: tuple[object, ...]) -> object:
         return model.eval()(arguments[0])
 
 
+@pytest.mark.long_emulated
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("make", "shape"), MODELS)
 def test_a_whole_model_computes_what_it_did_with_the_same_gradients(make, shape):

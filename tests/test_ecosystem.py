@@ -81,7 +81,9 @@ def take_a_step(case: Case, model: nn.Module) -> None:
     optimizer.step()
 
 
-@every_way
+@pytest.mark.parametrize(
+    "way", ["fuse", *(pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "fuse")]
+)
 @every_case
 def test_trains_unmodified(name, way):
     """The losses and gradients are those of the original model with its BN in eval mode, and

@@ -33,7 +33,12 @@ kinds = pytest.mark.parametrize(
     [(d, c) for d in (torch.float32, torch.float16, torch.bfloat16) for c in (False, True)],
     ids=lambda value: {True: "channels_last", False: "contiguous"}.get(value, str(value)),
 )
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+#: One a variant soon (in channels_last it is periodic), the others where time does not matter.
+shapes = pytest.mark.parametrize(
+    "shape",
+    [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.long) for shape in SHAPES[1:])],
+    ids=str,
+)
 activations = pytest.mark.parametrize("activation", [None, "relu", "silu"])
 
 
@@ -102,7 +107,7 @@ def test_indices_beyond_32_bits(case):
 
 @shapes
 @kinds
-@pytest.mark.parametrize("offset", [1, 3, 8])
+@pytest.mark.parametrize("offset", [1, pytest.param(3, marks=pytest.mark.long), 8])
 def test_misaligned_views_give_the_same(shape, dtype, channels_last, offset):
     arguments = (the_emulator(), shape, dtype, channels_last, "relu")
     y, *gradients = output_and_gradients(*arguments)
@@ -114,7 +119,9 @@ def test_misaligned_views_give_the_same(shape, dtype, channels_last, offset):
 
 
 @kinds
-@pytest.mark.parametrize("shape", [(9, 64, 20, 20), (2, 520, 9, 9)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(9, 64, 20, 20), pytest.param((2, 520, 9, 9), marks=pytest.mark.long)], ids=str
+)
 def test_a_small_device_walks_long_columns(shape, dtype, channels_last):
     arguments = (the_emulator(), shape, dtype, channels_last, "relu")
     y, *gradients = output_and_gradients(*arguments)

@@ -19,7 +19,12 @@ kinds = pytest.mark.parametrize(
     [(d, c) for d in (torch.float32, torch.float16, torch.bfloat16) for c in (False, True)],
     ids=lambda value: {True: "channels_last", False: "contiguous"}.get(value, str(value)),
 )
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+#: One a variant soon (in channels_last it is periodic), the others where time does not matter.
+shapes = pytest.mark.parametrize(
+    "shape",
+    [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.long) for shape in SHAPES[1:])],
+    ids=str,
+)
 activations = pytest.mark.parametrize("activation", ["relu", "silu"])
 
 

@@ -169,6 +169,7 @@ def test_a_grid_too_small_leaves_elements_unwritten(module: Module) -> None:
 
 
 @pytest.mark.skipif(not runtime.available(), reason="needs nvcc and a torch with CUDA headers")
+@pytest.mark.long
 def test_mutations_of_the_kernels_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     """Two of them; ``python -m emulator.mutate`` makes all."""
     assert mutate.main(["vectors although misaligned", "a mask bit dropped"]) == 0

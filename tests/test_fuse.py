@@ -163,6 +163,7 @@ def test_spellings_of_an_activation(spelling):
     assert_correct(forward, expected={"bn_a": name})
 
 
+@pytest.mark.long_emulated
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("spelling", SUM_SPELLINGS)
 def test_spellings_of_a_sum(spelling):
@@ -171,6 +172,7 @@ def test_spellings_of_a_sum(spelling):
     assert_correct(lambda s, x: F.relu(forward(s, x)), expected={"bn_a": "add + relu"})
 
 
+@pytest.mark.long_emulated
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("spelling", PAIR_SPELLINGS)
 def test_spellings_of_a_sum_of_two_branches(spelling):
@@ -180,6 +182,7 @@ def test_spellings_of_a_sum_of_two_branches(spelling):
     assert_correct(lambda s, x: s.into(forward(s, x)), expected=both)
 
 
+@pytest.mark.long_emulated
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_every_activation_after_a_sum(activation):
@@ -364,6 +367,7 @@ ODD: dict[str, Forward] = {
 }
 
 
+@pytest.mark.long_emulated
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("case", ODD)
 def test_what_is_not_plain_stays_correct(case):

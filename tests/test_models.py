@@ -120,10 +120,18 @@ def image_for(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
     return image(SIDES.get(name, 32), dtype)[: 1 if name == "maxvit_t" else 2]
 
 
+#: One of each kind of block; the others are marked `long`.
+SOON = ("resnet18", "mobilenet_v2", "googlenet", "efficientnet_b0", "cspresnet50")
+
+
+def model_param(make, name: str, id: str):
+    return pytest.param(make, name, id=id, marks=() if name in SOON else pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
-    [pytest.param(from_torchvision, name, id=name) for name in TORCHVISION]
-    + [pytest.param(from_timm, name, id=f"timm-{name}") for name in TIMM],
+    [model_param(from_torchvision, name, name) for name in TORCHVISION]
+    + [model_param(from_timm, name, f"timm-{name}") for name in TIMM],
 )
 def test_classification(make, name):
     expected = TORCHVISION[name] if make is from_torchvision else TIMM[name]

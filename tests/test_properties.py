@@ -186,6 +186,7 @@ def exact_terms(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     return terms_of(tensors["input"], given, tensors.get("residual"))
 
 
+@pytest.mark.long_emulated
 @pytest.mark.every_cpu_level
 def test_arguments_that_nobody_would_think_of(device):
     settings = hypothesis.settings(

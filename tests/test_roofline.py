@@ -63,14 +63,25 @@ def count():
     return of
 
 
-@pytest.fixture(params=KINDS, ids=_name)
+#: Small maps, which are the most difficult, and the odd shapes; the others are marked `long`.
+SOON = ((16, 2048, 7, 7), *ODD_SHAPES)
+
+
+def _params(kinds: list[tuple]) -> list:
+    return [
+        pytest.param(kind, id=_name(kind), marks=() if kind[-1] in SOON else pytest.mark.long)
+        for kind in kinds
+    ]
+
+
+@pytest.fixture(params=_params(KINDS))
 def kind(request: pytest.FixtureRequest) -> tuple:
     return request.param
 
 
 #: The odd shapes are smaller: what a thread does once, and the ends of tensors, weigh too much.
 real_layers = pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind[-1] not in ODD_SHAPES], ids=_name
+    "kind", _params([kind for kind in KINDS if kind[-1] not in ODD_SHAPES])
 )
 
 
