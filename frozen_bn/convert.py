@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from .checks import fail
 from .fold import is_sharded
-from .fuse import fuse_forwards, unfuse_forwards
+from .fuse import fuse_forwards, only_holds, unfuse_forwards
 from .modules import FrozenBatchNormAct2d, _FrozenBatchNorm
 from .probe import COUNTERS, EVERY_RANK, VECTORS
 from .recognise import (
@@ -183,7 +183,7 @@ def convert_frozen_bn(
         replacements[layer] = frozen
         if _never_trained(layer):
             never_trained.append(name)
-    elsewhere = [name for name, _ in unregistered(module)]
+    elsewhere = [name for name, layer in unregistered(module) if layer not in left_alone]
     for text in left_alone.values():
         warnings.warn(text, stacklevel=2)
     for name in elsewhere:
@@ -219,8 +219,12 @@ def _thawed_vectors(frozen: _FrozenBatchNorm) -> dict[str, Any]:
     if dtype is None or not frozen.kept_wide:
         return vectors
     for name in ("running_mean", "running_var"):
-        narrowed = vectors[name].to(dtype)
-        if not narrowed.is_meta and not torch.isfinite(narrowed).all():
+        wide, narrowed = vectors[name], vectors[name].to(dtype)
+        fits = narrowed.is_meta or bool(torch.isfinite(narrowed).all())
+        if fits and name == "running_var" and not narrowed.is_meta:  # or a small one has become 0
+            before, after = torch.rsqrt(torch.stack([wide.float(), narrowed.float()]) + frozen.eps)
+            fits = torch.allclose(before, after, rtol=0.02, atol=0.0)
+        if not fits:
             raise LeftAlone(f"{name} does not fit in {str(dtype).removeprefix('torch.')}")
         vectors[name] = narrowed
     return vectors
@@ -257,12 +261,14 @@ def _thaw(frozen: _FrozenBatchNorm, training: bool) -> nn.Module:
 
 
 def _surrounding_modes(root: nn.Module) -> dict[nn.Module, bool]:
-    """Whether the first module that holds it is in training mode, by the module held."""
-    modes: dict[nn.Module, bool] = {}
+    """Whether the first module around it that has a ``forward`` is in training mode, by the module
+    held. (What torch.fx makes to hold others has none, and its mode means nothing.)"""
+    modes: dict[nn.Module, bool] = {root: root.training}
     for parent in root.modules():
+        holder = only_holds(parent)
         for child in parent._modules.values():
             if child is not None:
-                modes.setdefault(child, parent.training)
+                modes.setdefault(child, modes[parent] if holder else parent.training)
     return modes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
@@ -41,12 +42,13 @@ _NONE_BEFORE = "no convolution was found before it whose output only it reads"
 
 
 def _methods(owner: nn.Module) -> dict[str, CodeType]:
-    """Those that its class, and the user's classes it derives from, define."""
+    """Those that its class, and the user's classes it derives from, define, without decorators."""
     codes: dict[str, CodeType] = {}
     for kind in type(owner).__mro__:
         if kind.__module__.split(".")[0] not in ("torch", "builtins"):
             for name, member in vars(kind).items():
                 function = getattr(member, "__func__", getattr(member, "fget", member))
+                function = inspect.unwrap(function) if callable(function) else function
                 if isinstance(function, FunctionType):
                     codes.setdefault(name, function.__code__)
     return codes
@@ -67,21 +69,27 @@ def _reads(code: CodeType) -> set[str]:
     return names
 
 
-def _is_read_alone(owner: nn.Module, conv: str, bn: str) -> bool:
-    """Whether a method of ``owner`` that its ``forward`` does not call uses the convolution, and
-    not the layer behind it."""
-    names = [path.rpartition(".")[2] for path in (conv, bn)]
-    if not all(map(str.isidentifier, names)):  # in a Sequential
-        return False
+def _reached(reads: dict[str, set[str]], method: str) -> set[str]:
+    """It and the methods that it calls, by name."""
+    found: set[str] = set()
+    waiting = [method]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += reads.get(name, set()) & {*reads}
+    return found
+
+
+def _is_used_elsewhere(owner: nn.Module, conv: str, bn: str) -> bool:
+    """Whether a method of ``owner`` that its ``forward`` does not call uses the convolution or the
+    layer behind it, or a module that holds one of them, by itself or through other methods."""
+    parts = {part for path in (conv, bn) for part in (path.split(".")[0], path.split(".")[-1])}
     reads = {name: _reads(code) for name, code in _methods(owner).items()}
-    traced, reached = {"__init__"}, ["forward"]
-    while reached:
-        method = reached.pop()
-        if method not in traced:
-            traced.add(method)
-            reached += reads.get(method, set()) & {*reads}
-    others = [read for method, read in reads.items() if method not in traced]
-    return any(names[0] in read and names[1] not in read for read in others)
+    for method in {*reads} - _reached(reads, "forward") - {"__init__"}:
+        if any(reads.get(name, set()) & parts for name in _reached(reads, method)):
+            return True
+    return False
 
 
 def _pairs_of(owner: nn.Module, shared: set[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
@@ -93,6 +101,8 @@ def _pairs_of(owner: nn.Module, shared: set[nn.Module]) -> Iterator[tuple[nn.Mod
         merges = [m for merge in plan.merges for m in (merge, merge.other) if m is not None]
         convs = {merge.bn: merge.conv for merge in merges if merge.conv is not None}
         for node in plan.graph.nodes:
+            if node.op == "get_attr":  # the weight of a convolution, say
+                yield owner.get_submodule(str(node.target).rpartition(".")[0]), None
             if node.op != "call_module":
                 continue
             module = owner.get_submodule(str(node.target))
@@ -100,7 +110,7 @@ def _pairs_of(owner: nn.Module, shared: set[nn.Module]) -> Iterator[tuple[nn.Mod
             if isinstance(module, _FrozenBatchNorm):
                 if conv is None:
                     yield module, _NONE_BEFORE
-                elif _is_read_alone(owner, str(conv.target), str(node.target)):
+                elif _is_used_elsewhere(owner, str(conv.target), str(node.target)):
                     yield module, f"another method of {type(owner).__name__} uses its convolution"
                 else:
                     yield module, owner.get_submodule(str(conv.target))
@@ -135,7 +145,8 @@ def convolutions_before(root: nn.Module) -> Found:
     for layer in root.modules():
         if isinstance(layer, _FrozenBatchNorm):
             what = found.get(layer, _NONE_BEFORE)
-            result[layer] = _NONE_BEFORE if what in used_otherwise else what
+            read = layer in used_otherwise or what in used_otherwise
+            result[layer] = _NONE_BEFORE if read else what
             if has_hooks(layer):
                 result[layer] = "it has hooks"
     return result
@@ -178,9 +189,13 @@ def _fold_all(root: nn.Module) -> dict[str, str]:
 
 def _check_same(actual: Any, expected: Any) -> None:
     pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
-    for got, want in pairs:
-        if not isinstance(want, Tensor) or not want.is_floating_point():
-            continue
+    tensors = [
+        (got, want) for got, want in pairs if isinstance(want, Tensor) and want.is_floating_point()
+    ]
+    if not tensors:  # of a class whose parts torch's pytree does not know
+        kind = type(expected).__name__
+        raise fail("fold_for_inference", "the model to return floating tensors to compare", kind)
+    for got, want in tensors:
         error, size = float((got - want).double().norm()), float(want.double().norm())
         if not error <= torch.finfo(want.dtype).eps ** 0.5 * size:
             expected_text = "the folded model to return what the model returns"
@@ -197,9 +212,10 @@ def fold_for_inference(module: nn.Module, *inputs: Any) -> nn.Module:
     whose output it alone reads, or where that cannot be told from the ``forward`` that calls it. So
     does what was never converted.
 
-    What ``forward`` methods do is read from the code of the modules that hold the layers. Where a
-    convolution is called from elsewhere (a parent that reaches for it), the layer is in it there
-    too: give an example input to compare.
+    What ``forward`` methods do is read from the code of the modules that hold the layers, as their
+    flags are now. Where a convolution is called from elsewhere (a parent that reaches for it, a
+    loop over ``children()``, ``self.seq[0]`` in a method that ``forward`` does not call), the layer
+    is in it there too: give an example input to compare.
 
     Args:
         module: not changed. Weights may be of any dtype; what is folded is computed in float32 at

@@ -119,8 +119,9 @@ class _FrozenBatchNorm(nn.Module):
             old, new = before.get(name), self._buffers.get(name)
             if old is None or new is None:
                 continue
-            # Half precision has less range: a variance of raw pixels would be inf, a small one 0.
-            if new.is_floating_point() and old.dtype.itemsize >= 4 > new.dtype.itemsize:
+            # Half precision has less range: a variance of raw pixels would be inf, a small one 0;
+            # so has one kind of it than the other.
+            if new.is_floating_point() and old.dtype != new.dtype and new.dtype.itemsize < 4:
                 self._buffers[name] = old.to(new.device, torch.float32)
                 self.kept_wide = True
         return self

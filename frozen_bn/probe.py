@@ -63,8 +63,9 @@ def _untouched() -> Iterator[None]:
             numpy.set_state(states[1])
 
 
-def _values(channels: int) -> dict[str, Tensor]:
-    """Far from the trivial ones, with variances next to which any eps counts."""
+def _values(channels: int, sign: int) -> dict[str, Tensor]:
+    """Far from the trivial ones; with variances next to which any eps counts, or, if ``sign`` is
+    -1, large ones, and weights and biases of the other sign."""
     generator = torch.Generator("cpu").manual_seed(1)
 
     def normal() -> Tensor:
@@ -73,10 +74,10 @@ def _values(channels: int) -> dict[str, Tensor]:
     exponents = torch.rand(channels, generator=generator, dtype=torch.float64, device="cpu")
     exponents[0] = 1.0  # in any case
     return {
-        "weight": normal() + 2,
-        "bias": normal() - 1,
+        "weight": sign * (normal() + 2),
+        "bias": sign * (normal() - 1),
         "running_mean": normal() + 1,
-        "running_var": 10 ** (-6 * exponents),
+        "running_var": 10 ** (-6 * sign * exponents),
     }
 
 
@@ -98,7 +99,8 @@ def _twin(module: nn.Module, values: dict[str, Tensor], training: bool) -> nn.Mo
         if name in values:
             twin._buffers[name] = values[name].clone()
         elif buffer is not None:
-            twin._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+            zeros = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+            twin._buffers[name] = zeros if buffer.is_meta else zeros.copy_(buffer)
     return twin
 
 
@@ -113,8 +115,8 @@ def _state(twin: nn.Module) -> dict[str, Tensor]:
 def _returned(
     module: nn.Module, x: Tensor, values: dict[str, Tensor], training: bool, gradient: bool
 ) -> Tensor | None:
-    """What ``forward`` makes of ``x``; None unless it is something of that shape and it has written
-    to nothing."""
+    """What ``forward`` makes of ``x``; None unless it is something of that shape, it has written to
+    nothing, and the gradient of ``x`` is the scale that stands before it."""
     twin = _twin(module, values, training)
     before = {name: value.detach().clone() for name, value in _state(twin).items()}
     given = x.clone().requires_grad_(gradient)
@@ -126,6 +128,11 @@ def _returned(
         return None
     if not isinstance(y, Tensor) or (y.shape, y.dtype) != (x.shape, x.dtype):
         return None
+    if gradient:
+        (slope,) = torch.autograd.grad(y.sum(), given)
+        change = y.detach() - type(module).forward(twin, torch.zeros_like(x)).detach()
+        if not torch.allclose(slope * x, change, rtol=1e-5, atol=1e-5 * float(change.abs().max())):
+            return None
     return y.detach()
 
 
@@ -165,14 +172,14 @@ def formula(module: nn.Module) -> Formula | None:
     None if that is not a frozen batch normalization."""
     channels = module.running_mean.numel()  # type: ignore[operator]
     with _untouched():
-        values = _values(channels)
+        both = _values(channels, 1), _values(channels, -1)
         found: dict[int, float] = {}
         for rank, space in _SPACE.items():
             shape = (2, channels, *space)
             x = torch.linspace(-2, 3, torch.Size(shape).numel(), dtype=torch.float64).view(shape)
-            outputs = _outputs(module, x, values)
+            tried = [(y, values) for values in both for y in _outputs(module, x, values)]
             for eps in _candidates(module):
-                if all(y is not None and _is_formula(y, x, values, eps) for y in outputs):
+                if all(y is not None and _is_formula(y, x, values, eps) for y, values in tried):
                     found[rank] = eps
                     break
     if not found or len({*found.values()}) > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
@@ -32,6 +34,9 @@ _TORCH_CLASSES: dict[type[nn.Module], type[_FrozenBatchNorm]] = {
     nn.BatchNorm3d: FrozenBatchNorm3d,
     nn.SyncBatchNorm: FrozenBatchNorm2d,
 }
+
+#: As torch has it: somebody may put another in its place.
+_TORCH_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _TORCH_CLASSES}
 
 #: What a subclass of those may define and still compute the same.
 _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__repr__"}
@@ -75,16 +80,20 @@ def _class_name(module: nn.Module) -> str:
     return str(module.original_name) if scripted else type(module).__name__
 
 
+#: FrozenBatchNorm2d, batch_norm; FrozenBN, ABN, BN2d, BN2.
+_NAMED = re.compile(r"[Bb]atch_?[Nn]orm|BATCH_?NORM|(^|[a-z_]|A)BN\d?d?$")
+
+
 def _looks_like_one(module: nn.Module) -> bool:
     """Of a module of unknown class: whether it holds statistics of channels, or has the name and
     holds something. Nothing of it is run."""
-    registered = {**dict(module._parameters.items()), **dict(module._buffers.items())}
-    statistics = [registered.get(name) for name in ("running_mean", "running_var")]
+    held = {**vars(module), **dict(module._parameters.items()), **dict(module._buffers.items())}
+    statistics = [held.get(name) for name in ("running_mean", "running_var")]
     tensors = [value for value in statistics if isinstance(value, Tensor)]
     if len(tensors) == 2:
-        return any(is_lazy(value) or value.dim() == 1 for value in tensors)
-    named = re.search("batch_?norm", _class_name(module), re.IGNORECASE)
-    return bool(named and registered and not len(module._modules))
+        return any(is_lazy(value) or value.dim() == 1 or value.numel() > 1 for value in tensors)
+    has_tensors = any(isinstance(value, Tensor) for value in held.values())
+    return bool(_NAMED.search(_class_name(module)) and has_tensors and not len(module._modules))
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -99,22 +108,32 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def _plainly_held(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in lists, tuples and dicts among its attributes."""
+    """The modules in lists, tuples, sets, deques, dicts and bound methods among its attributes."""
     for name, value in vars(module).items():
-        if name in ("_modules", "_parameters", "_buffers", "_original"):
-            continue
-        items = dict(enumerate(value)) if isinstance(value, list | tuple) else value
-        for key, item in items.items() if isinstance(items, dict) else ():
-            if isinstance(item, nn.Module):
-                yield f"{name}[{key!r}]", item
+        if name not in ("_modules", "_parameters", "_buffers", "_original") and "hook" not in name:
+            yield from _modules_in(name, value, 4)
+
+
+def _modules_in(place: str, value: object, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    value = getattr(value, "__self__", value) if isinstance(value, MethodType) else value
+    if isinstance(value, nn.Module):
+        yield place, value
+    elif isinstance(value, functools.partial):
+        yield from _modules_in(place, (value.func, *value.args, value.keywords), depth)
+    elif isinstance(value, list | tuple | set | frozenset | deque | dict) and depth > 0:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _modules_in(f"{place}[{key!r}]", item, depth - 1)
 
 
 def unregistered(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Batch normalizations that a module of ``root`` keeps (also) in a plain list, tuple or dict,
-    where they are not replaced; with a name for each."""
+    """Batch normalizations that a module of ``root`` keeps (also) in a plain list, tuple, dict or
+    the like, where they are not replaced; with a name for each."""
     registered = {*root.modules()}
     for path, parent in root.named_modules():
         for place, held in _plainly_held(parent):
+            if held is parent:  # a method of its own, bound to it
+                continue
             for inner, layer in held.named_modules():
                 if is_batch_norm(layer) and (layer is held or layer not in registered):
                     yield ".".join(filter(None, (path, place, inner))), layer
@@ -135,6 +154,8 @@ def _recognise_torchs(module: nn.Module) -> type[_FrozenBatchNorm]:
     base = _torch_class(kind)
     if base is None:
         raise LeftAlone(f"{kind.__name__} is a subclass that may compute something else")
+    if any(kind.forward is not forward for kind, forward in _TORCH_FORWARDS.items()):
+        raise LeftAlone(f"the forward of torch's {base.__name__} has been replaced")
     return _TORCH_CLASSES[base]
 
 

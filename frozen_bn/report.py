@@ -79,7 +79,8 @@ def norm_parameters(module: nn.Module) -> list[nn.Parameter]:
         parameter
         for layer in module.modules()
         if isinstance(layer, (_FrozenBatchNorm, *_NORMS)) or is_batch_norm(layer)
-        for parameter in layer.parameters(recurse=False)
+        for part in (layer, *getattr(layer, "parametrizations", {}).values())
+        for parameter in part.parameters(recurse=False)
     )
     return [parameter for parameter in dict.fromkeys(own) if parameter.requires_grad]
 
