@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -55,27 +56,41 @@ def defined(module: str, name: str) -> object:
 
 
 def _checked(name: str | None, slope: object) -> Activation | None:
-    # fx writes the slope into the source of a fused forward: a number as Python has it.
     return Activation(name, float(slope)) if type(slope) in (int, float) else None  # type: ignore[arg-type]
 
 
-def _has_usual_options(module: nn.Module) -> bool:
-    """Whether what it was made with is what the kernels compute. They are told the slope."""
-    regardless = ("negative_slope", "inplace", "training")
-    usual = vars(type(module)()).items()
-    return all(
-        vars(module).get(name) == value
-        for name, value in usual
-        if not name.startswith("_") and name not in regardless
-    )
+class _Known(NamedTuple):
+    """Of a class of modules."""
+
+    name: str | None
+    usual: tuple[tuple[str, Any], ...]  # options that the kernels take for granted
+
+
+@functools.lru_cache(maxsize=1000)
+def _known(kind: type) -> _Known | None:
+    known = _MODULES | {defined(*place): name for place, name in _LIBRARY_MODULES.items()}
+    if kind not in known:
+        return None
+    regardless = ("negative_slope", "inplace", "training")  # they are told the slope
+    usual = ((k, v) for k, v in vars(kind()).items() if k not in regardless)
+    return _Known(known[kind], tuple((k, v) for k, v in usual if not k.startswith("_")))
+
+
+def is_known(kind: type) -> bool:
+    """Whether a class of modules computes one, an identity included."""
+    return _known(kind) is not None
 
 
 def of_module(module: nn.Module) -> Activation | None:
     """What ``module`` computes, an identity included; ``None`` where there is no kernel for it."""
-    known = _MODULES | {defined(*place): name for place, name in _LIBRARY_MODULES.items()}
-    if type(module) not in known or not _has_usual_options(module):
+    known = _known(type(module))
+    if known is None:
         return None
-    return _checked(known[type(module)], getattr(module, "negative_slope", _SLOPE))
+    options = module.__dict__
+    for name, value in known.usual:
+        if options.get(name) != value:
+            return None
+    return _checked(known.name, options.get("negative_slope", _SLOPE))
 
 
 def of_call(
@@ -83,8 +98,10 @@ def of_call(
 ) -> Activation | None:
     """The same of a call of a function, or of a tensor's method by its name."""
     name = _FUNCTIONS.get(function)
+    if name is None:
+        return None
     names = ("input", "negative_slope", "inplace") if name == "leaky_relu" else ("input", "inplace")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
-    if name is None or len(args) > len(names) or not {*options} <= {*names}:
+    if len(args) > len(names) or not {*options} <= {*names}:
         return None
     return _checked(name, options.get("negative_slope", _SLOPE))

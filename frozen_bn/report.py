@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .convert import unfreeze_bn
 from .modules import _FrozenBatchNorm
+from .fusion.report import Fate
 from .recognise import NO_SUBMODULE, is_batch_norm, unregistered, why_not_frozen
 
 
@@ -20,7 +21,7 @@ def _state(layer: nn.Module) -> tuple[str, str]:
     """What it is counted as, and what is said of it."""
     if not isinstance(layer, _FrozenBatchNorm):
         return "skipped", f"skipped: {why_not_frozen(layer) or 'not converted'}"
-    fate = layer.fate
+    fate = Fate()
     parts = []
     if fate.folded_into:
         parts.append(f"folded into {fate.folded_into}")
