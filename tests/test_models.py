@@ -85,7 +85,7 @@ def frozen(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's about initialization
         net = calm_(make()).to(dtype).train()
-    return convert_frozen_bn(net, freeze_affine=freeze_affine)
+    return convert_frozen_bn(net, freeze_affine=freeze_affine, fuse=False)
 
 
 def from_torchvision(name: str, **options: object) -> nn.Module:

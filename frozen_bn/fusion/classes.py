@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import abc
 import ast
-import contextlib
+import inspect
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -101,11 +101,18 @@ def _class(written: type, known: Roles) -> type | None:
         if found is not None and merged == info.roles:
             return found
         new = Made(written, merged)
-        for name, calls in merged.items():
-            _rewrite(new, name, calls)
+        raw: set[str] = set()
+        while True:
+            for name, calls in merged.items():
+                _rewrite(new, name, {**{t: "call" for t in raw}, **calls})
+            grown = {f"self.{name}" for name, method in new.methods.items() if method.raw}
+            if grown == raw:
+                break
+            raw = grown
         if not new.methods:
             return found
         functions = {name: rewritten.function for name, rewritten in new.methods.items()}
+        steps.raw_methods.update({m.function: m.raw for m in new.methods.values() if m.raw})
         if found is None:
             return _derived(written, {**functions, "_frozen_bn": new})
         for name, function in functions.items():
@@ -143,7 +150,7 @@ def _sequential(written: type) -> Rewritten:
     assert isinstance(node, ast.FunctionDef)
     forward = cast(FunctionType, nn.Sequential.forward)
     given = {"steps": steps, "owner": written, "written": forward}
-    return Rewritten(source.build(forward, node, given), body + then, [])
+    return Rewritten(source.build(forward, node, given), body + then)
 
 
 def _derived(written: type, namespace: dict[str, Any]) -> type:
@@ -202,13 +209,16 @@ def unfuse(root: nn.Module) -> None:
         if info is not None:
             object.__setattr__(module, "__class__", info.written)
         elif isinstance(module, _FrozenBatchNorm):
-            module.fold_conv = False
+            vars(module).pop("fold_conv", None)
 
 
 def _known(
-    written: type, modules: list[nn.Module], frozen: Mapping[nn.Module, bool]
+    written: type,
+    modules: list[nn.Module],
+    frozen: Mapping[nn.Module, bool],
+    reasons: dict[str, str] | None = None,
 ) -> dict[str, dict[str, str]]:
-    """What the methods of a class call."""
+    """What the methods of a class call; and why some cannot be read."""
     found: dict[str, dict[str, str]] = {}
     if is_sequential(modules[0]):
         layers = (part for module in modules for part in parts(module))
@@ -216,10 +226,38 @@ def _known(
             found["forward"] = {}
         return found
     names = {n for m in modules for n, child in m._modules.items() if child and frozen.get(child)}
-    for name, (holder, function) in _methods(written).items():
-        if names & {*_names(function.__code__)} or _has_properties(written):
-            with contextlib.suppress(LeftAlone):
-                found[name] = roles(source.tree(function, holder.__name__), function, modules)
+    methods = {
+        name: (holder, function, source.used(inspect.unwrap(function).__code__))
+        for name, (holder, function) in _methods(written).items()
+    }
+    everything = _has_properties(written)
+    while True:  # a method that calls a method that calls a layer
+        calling = {name for name, (_, _, used) in methods.items() if everything or used & names}
+        if calling <= names:
+            break
+        names |= calling
+    for name in calling:
+        holder, function, _ = methods[name]
+        try:
+            found[name] = roles(source.tree(function, holder.__name__), function, modules)
+        except LeftAlone as reason:
+            if reasons is not None:
+                reasons[name] = str(reason)
+    return found
+
+
+def reasons(module: nn.Module) -> dict[str, str]:
+    """Why methods of a module are left alone, by their names."""
+    info = made(module)
+    found = dict(info.reasons) if info else {}
+    written = info.written if info else type(module)
+    frozen = {m: any(isinstance(n, _FrozenBatchNorm) for n in m.modules()) for m in module.children()}
+    known = _known(written, [module], frozen, found)
+    if info is None:
+        new = Made(written, {})
+        for name, calls in known.items():
+            _rewrite(new, name, calls)
+        found |= new.reasons
     return found
 
 
@@ -243,13 +281,3 @@ def _has_properties(written: type) -> bool:
         if issubclass(kind, nn.Module) and kind is not nn.Module
         for value in vars(kind).values()
     )
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """The attributes and globals that a function and those in it use."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-        elif isinstance(constant, str):
-            yield constant

@@ -17,7 +17,7 @@ import ast
 import copy
 import itertools
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import NamedTuple, TypeVar, cast
@@ -36,6 +36,9 @@ _REFUSED = ("locals", "vars", "eval", "exec", "_getframe", "currentframe", "dir"
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
 _ENDS = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
+#: Which way an `if` goes, by its test; None if that is not known.
+Decide = Callable[[ast.expr], bool | None]
+
 Node = TypeVar("Node", bound=ast.AST)
 _Place = tuple[int, int, int | None, int | None]
 
@@ -50,12 +53,17 @@ class Site:
     callee: ast.expr | None  # None: a sum
     inputs: list[set[Site]] = field(default_factory=lambda: [set(), set()])
     readers: set[Site] = field(default_factory=set)
+    returned: bool = False  # by a method that may return what is pending
+    settled: bool = False  # something else is done before the next step
+    others: dict[ast.stmt, ast.expr | None] = field(default_factory=dict)  # that read it: calls what
 
     def is_useful(self) -> bool:
         """Whether it may do the work of another step too, or leave its own to another."""
         before = {site.step for sites in self.inputs for site in sites}
         after = {site.step for site in self.readers}
         consumers = {"normalize", "activate", "call", "add", "add_into"}
+        if self.returned:
+            return True
         if self.step == "convolve":
             return bool(after & {"normalize", "call"})
         if self.step in ("normalize", "call"):
@@ -75,7 +83,9 @@ class Rewritten(NamedTuple):
 
     function: FunctionType
     text: str
-    sites: list[Site]
+    raw: FunctionType | None = None  # the same, but it may return what is pending
+    node: ast.FunctionDef | None = None  # as it was written
+    roles: Roles = {}
 
 
 def _join(a: State | None, b: State | None) -> State | None:
@@ -89,10 +99,13 @@ def _join(a: State | None, b: State | None) -> State | None:
 
 
 class _Scope:
-    """The rewriting of one function's body, without what inner functions are rewritten to."""
+    """The rewriting of one function's body. With ``raw`` it may return what is pending."""
 
-    def __init__(self, method: _Method, node: ast.FunctionDef | ast.Lambda) -> None:
-        self.method = method
+    def __init__(
+        self, method: _Method, node: ast.FunctionDef | ast.Lambda, raw: bool = False
+    ) -> None:
+        self.method, self.returns_raw, self.returned = method, raw, False
+        self.inner: dict[str, str] = {}  # by the name of an inner function, that of its raw form
         if isinstance(node, ast.Lambda):
             self.body: list[ast.stmt] = [ast.copy_location(ast.Return(node.body), node.body)]
         else:
@@ -103,8 +116,10 @@ class _Scope:
         self.state: State | None = State({}, frozenset(arguments))
         self.ever: dict[str, frozenset[Site]] = {}  # pending at some place
         self.statement: ast.stmt = ast.Pass()
+        self.borders = 0  # of the `with` and `try` around it
 
     def rewritten(self) -> list[ast.stmt]:
+        """The new body."""
         return self.block(self.body, [])
 
     # Expressions
@@ -123,7 +138,7 @@ class _Scope:
         is evaluated between it and the step."""
         if isinstance(e, ast.Name) and self.state and e.id in self.state.pending:
             if not self.live_ends(e.id):
-                return self.step("value", [e], e), frozenset()
+                return self.value(e, self.state.pending[e.id]), frozenset()
             new, sites = cast(ast.expr, e), self.state.pending[e.id]
         elif isinstance(e, ast.Call):
             new, sites = self.call(e)
@@ -132,18 +147,29 @@ class _Scope:
         else:
             new, sites = self.rebuilt(e), frozenset()
         if sites and not all(map(flow.only_reads, then)):
-            new = self.step("settle", [new], e)
+            new = self.settle(new, sites)
         return new, sites
+
+    def settle(self, new: ast.expr, sites: frozenset[Site]) -> ast.expr:
+        for site in sites:
+            site.settled = True
+        return self.step("settle", [new], new)
 
     def live_ends(self, name: str) -> bool:
         return isinstance(self.statement, _SIMPLE) and self.live.ends(name, self.statement)
 
     def call(self, e: ast.Call) -> tuple[ast.expr, frozenset[Site]]:
         none: frozenset[Site] = frozenset()
+        if not e.args and e.keywords and e.keywords[0].arg == "input":  # F.relu(input=x)
+            e = ast.copy_location(ast.Call(e.func, [e.keywords[0].value], e.keywords[1:]), e)
         if any(isinstance(argument, ast.Starred) for argument in e.args):
             return self.rebuilt(e), none
         role = self.method.role(e)
-        if role == "add" and len(e.args) == 2 and not e.keywords:
+        if isinstance(e.func, ast.Name) and e.func.id in self.inner:
+            role = "call"
+        if role == "add":
+            if len(e.args) != 2 or e.keywords:
+                return self.rebuilt(e), none
             return self.sum("add", e, *e.args, self.visit(e.func))
         if role == "method":
             return self.method_call(e)
@@ -152,6 +178,8 @@ class _Scope:
             return self.rebuilt(e), none
         others = [*e.args[1:], *(keyword.value for keyword in e.keywords)]
         function = self.visit(e.func)
+        if isinstance(function, ast.Name) and function.id in self.inner:
+            function = ast.copy_location(ast.Name(self.inner[function.id], ast.Load()), function)
         convolves = role == "convolve"
         first, inputs = (self.visit(e.args[0]), none) if convolves else self.raw(e.args[0], others)
         self.link(site, 0, inputs)
@@ -185,7 +213,8 @@ class _Scope:
     ) -> tuple[ast.expr, frozenset[Site]]:
         left, inputs = self.raw(a, [b])
         right, others = self.raw(b)
-        site = self.linked(e, step, None, inputs, others)
+        number = isinstance(a, ast.Constant) or isinstance(b, ast.Constant)
+        site = None if number else self.linked(e, step, None, inputs, others)
         if site is not None:
             return self.step(step, [left, right, *function], e), frozenset({site})
         left, right = self.value(left, inputs), self.value(right, others)
@@ -217,6 +246,9 @@ class _Scope:
         return self.value(*self.raw(e))
 
     def value(self, new: ast.expr, sites: frozenset[Site]) -> ast.expr:
+        for site in sites:
+            call = getattr(self.statement, "value", None)
+            site.others[self.statement] = call.func if isinstance(call, ast.Call) else None
         return self.step("value", [new], new) if sites else new
 
     def rebuilt(self, node: Node) -> Node:
@@ -275,7 +307,7 @@ class _Scope:
         if isinstance(s, ast.Match):
             return self.match(s)
         if isinstance(s, ast.FunctionDef):
-            return [self.function(s)]
+            return self.function(s)
         if isinstance(s, ast.ClassDef | ast.AsyncFunctionDef):
             self.assign({s.name})
             return [s]
@@ -285,6 +317,11 @@ class _Scope:
             return self.augmented(s, rest)
         if flow.target(s) is not None:
             return [self.assignment(cast(ast.Assign, s), rest)]
+        if isinstance(s, ast.Return) and s.value and self.returns_raw and not self.borders:
+            value, sites = self.raw(s.value)
+            for site in sites:
+                site.returned = self.returned = True
+            return [self.left(ast.copy_location(ast.Return(value), s))]
         new = self.rebuilt(s)
         self.assign({n.id for n in ast.walk(s) if _is(n, ast.Store)})
         if isinstance(s, ast.Delete):
@@ -324,7 +361,7 @@ class _Scope:
         rest: Sequence[ast.stmt],
     ) -> ast.stmt:
         if sites and not flow.soon(name, rest):
-            new = self.step("settle", [new], s)
+            new = self.settle(new, sites)
         if self.state is not None:
             self.forget({name})
             pending = self.state.pending | ({name: sites} if sites else {})
@@ -343,15 +380,17 @@ class _Scope:
             new, sites = self.sum("add_into", s, read, s.value)
             if sites:
                 return [self.stored(s, name, new, sites, rest)]
+            self.statement = s
         return [*self.flush(s, {name}), self.rebuilt(s)]
 
     def branches(self, s: ast.If, rest: Sequence[ast.stmt]) -> list[ast.stmt]:
         test = self.visit(s.test)
         self.assign({n.id for n in ast.walk(s.test) if _is(n, ast.Store)})
         start, ends = self.state, []
-        for body in (s.body, s.orelse):
-            self.state = start
-            ends.append((self.block(body, rest), self.state))
+        known = self.method.decide(s.test)
+        for value, body in ((True, s.body), (False, s.orelse)):
+            self.state = start if known in (None, value) else None
+            ends.append((self.block(body, rest) if self.state else [], self.state))
         return [self.joined(ast.If(test, [], []), s, ends)]
 
     def joined(
@@ -399,7 +438,9 @@ class _Scope:
 
     def closed(self, body: Sequence[ast.stmt], at: ast.stmt) -> list[ast.stmt]:
         """A block that nothing pending leaves."""
+        self.borders += 1
         new = self.block(body, [flow.BORDER])
+        self.borders -= 1
         return new + self.flush(at) if body else []
 
     def with_(self, s: ast.With) -> list[ast.stmt]:
@@ -452,15 +493,30 @@ class _Scope:
         self.ever = {**outer, **self.ever}
         return [*before, new]
 
-    def function(self, s: ast.FunctionDef) -> ast.stmt:
+    def function(self, s: ast.FunctionDef) -> list[ast.stmt]:
+        """An inner function; and one that may return what is pending, if it is called here."""
         new = copy.copy(s)
         new.decorator_list = [self.visit(d) for d in s.decorator_list]
         new.args = self.rebuilt(s.args)
-        yields = any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(s))
-        if not yields:
-            new.body = _Scope(self.method, s).rewritten()
         self.assign({s.name})
-        return new
+        if any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(s)):
+            return [new]
+        new.body = _Scope(self.method, s).rewritten()
+        scope = _Scope(self.method, s, raw=True)
+        raw = ast.FunctionDef(f"{s.name}_pending", s.args, scope.rewritten(), [])
+        names = [n.id for n in ast.walk(self.method.node) if isinstance(n, ast.Name)]
+        functions = [n.name for n in ast.walk(self.method.node) if isinstance(n, ast.FunctionDef)]
+        stored = [n.id for n in ast.walk(self.method.node) if _is(n, ast.Store)]
+        if (
+            not scope.returned
+            or s.decorator_list
+            or s.name in stored
+            or functions.count(s.name) > 1
+            or raw.name in {*names, *functions}
+        ):
+            return [new]
+        self.inner[s.name] = raw.name
+        return [new, ast.copy_location(raw, s)]
 
 
 def _is(node: ast.AST, context: type[ast.expr_context]) -> bool:
@@ -471,11 +527,12 @@ class _Method:
     """What the scopes of one method share."""
 
     def __init__(
-        self, node: ast.FunctionDef, roles: Roles, steps: str, useful: set[_Place] | None
+        self, node: ast.FunctionDef, roles: Roles, steps: str, decide: Decide, useful: set[_Place] | None
     ) -> None:
         arguments = [*node.args.posonlyargs, *node.args.args]
+        self.node = node
         self.self_name = arguments[0].arg if arguments else ""
-        self.roles, self.steps, self.useful = roles, steps, useful
+        self.roles, self.steps, self.decide, self.useful = roles, steps, decide, useful
         self.sites: dict[_Place, Site] = {}
 
     def role(self, call: ast.Call) -> str:
@@ -505,6 +562,25 @@ def _prologue(node: ast.FunctionDef, name: str, steps: str, owner: str, written:
     return statement
 
 
+def analyse(
+    node: ast.FunctionDef,
+    roles: Roles,
+    steps: str,
+    decide: Decide = lambda test: None,
+    raw: bool = False,
+) -> tuple[list[ast.stmt], list[Site]]:
+    """The body with those steps that gain something. ``decide`` tells which way an `if` goes; with
+    ``raw`` it may return what is pending."""
+    useful: set[_Place] | None = None
+    while True:
+        method = _Method(node, roles, steps, decide, useful)
+        body = _Scope(method, node, raw).rewritten()
+        now = {place for place, site in method.sites.items() if site.is_useful()}
+        if now == useful:
+            return body, [*method.sites.values()]
+        useful = now
+
+
 def rewrite(
     function: FunctionType, name: str, defined_in: type, owner: type, roles: Roles, steps: object
 ) -> Rewritten | None:
@@ -516,28 +592,27 @@ def rewrite(
     """
     node = source.tree(function, defined_in.__name__)
     used = {*flow.names(node)}
+    names = [next(n for n in _free(word) if n not in used) for word in ("steps", "owner", "written")]
+    given = dict(zip(names, (steps, owner, function), strict=True))
+    prologue = _prologue(node, name, *names)
+
+    def with_body(body: list[ast.stmt]) -> FunctionType:
+        new.body = [prologue, *body]
+        return source.build(function, new, given)
+
+    new = copy.copy(node)
+    new.body, sites = analyse(node, roles, names[0])
+    raw_body, raw_sites = analyse(node, roles, names[0], raw=True)
+    returns = name != "forward" and any(site.returned for site in raw_sites)
+    if not returns and not any(site.step in ("normalize", "call") for site in sites):
+        return None
     refused = used.intersection(_REFUSED)
     refused |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} & {*_REFUSED[4:6]}
-    useful: set[_Place] | None = None
-    names = [next(n for n in _free(word) if n not in used) for word in ("steps", "owner", "written")]
-    while True:
-        method = _Method(node, roles, names[0], useful)
-        body = _Scope(method, node).rewritten()
-        now = {place for place, site in method.sites.items() if site.is_useful()}
-        if now == useful:
-            break
-        useful = now
-    sites = [*method.sites.values()]
-    if not any(site.step in ("normalize", "call") for site in sites):
-        return None
     if refused:
         raise LeftAlone(f"it uses {min(refused)}")
-    new = copy.copy(node)
-    new.body = body
     text = ast.unparse(ast.fix_missing_locations(new))
-    new.body = [_prologue(node, name, *names), *body]
-    given = dict(zip(names, (steps, owner, function), strict=True))
-    return Rewritten(source.build(function, new, given), text, sites)
+    raw = with_body(raw_body) if returns else None
+    return Rewritten(with_body(analyse(node, roles, names[0])[0]), text, raw, node, roles)
 
 
 def _free(word: str) -> Iterator[str]:

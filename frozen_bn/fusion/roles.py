@@ -4,7 +4,7 @@ of the steps, and for which calls to leave as they are. Only hints: the steps lo
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -59,21 +59,21 @@ def role(module: object) -> str:
     return ""
 
 
-def look_up(e: ast.expr, self_name: str, instance: object, run: bool = False) -> Any:
-    """What ``e`` stands for, where ``self_name`` is ``instance``; UNKNOWN if only running code could
-    tell, which is done with ``run``."""
+def look_up(e: ast.expr, names: Mapping[str, object], run: bool = False) -> Any:
+    """What ``e`` stands for; UNKNOWN if only running code could tell, which is done with ``run``."""
     if isinstance(e, ast.Name):
-        return instance if e.id == self_name else UNKNOWN
+        return names.get(e.id, UNKNOWN)
+    if isinstance(e, ast.Constant):
+        return e.value
     if isinstance(e, ast.Attribute):
-        name: Any = e.attr
+        inside, name = e.value, e.attr
     elif isinstance(e, ast.Subscript):
-        name = e.slice.value if isinstance(e.slice, ast.Constant) else UNKNOWN
+        inside, name = e.value, look_up(e.slice, names, run)
     elif isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "getattr":
-        name = e.args[1].value if isinstance(e.args[1], ast.Constant) else UNKNOWN
+        inside, name = e.args[0], look_up(e.args[1], names, run)
     else:
         return UNKNOWN
-    inside = e.args[0] if isinstance(e, ast.Call) else e.value
-    holder = look_up(inside, self_name, instance, run)
+    holder = look_up(inside, names, run)
     if holder is UNKNOWN or name is UNKNOWN:
         return UNKNOWN
     if isinstance(e, ast.Subscript):
@@ -141,7 +141,7 @@ def _bound_to_layers(node: ast.FunctionDef, self_name: str, instances: list[nn.M
         inside = [e for e in ast.walk(value) if isinstance(e, ast.Attribute | ast.Call)]
         called = {id(e.func) for e in inside if isinstance(e, ast.Call)}
         if any(
-            _holds_layers(look_up(e, self_name, instance))
+            _holds_layers(look_up(e, {self_name: instance}))
             for e in inside
             if id(e) not in called
             for instance in instances
@@ -161,7 +161,7 @@ def roles(
     layers = _bound_to_layers(node, self_name, instances)
     found: dict[str, str] = {}
     for call in ast.walk(node):
-        if not isinstance(call, ast.Call) or not call.args:
+        if not isinstance(call, ast.Call) or not (call.args or call.keywords):
             continue
         callee, chain = call.func, _chain(call.func)
         if isinstance(callee, ast.Name) and callee.id in layers:
@@ -169,7 +169,7 @@ def roles(
         elif chain and chain[0] != self_name:
             step = _of_function(_of_name(chain, function))
         else:
-            values = [look_up(callee, self_name, instance) for instance in instances]
+            values = [look_up(callee, {self_name: instance}) for instance in instances]
             known = {role(value) for value in values if value is not None} - {""}
             unknown = any(value is UNKNOWN for value in values) and not _is_method_of(callee)
             step = "call" if unknown or len(known) > 1 else "".join(known)

@@ -83,7 +83,9 @@ def _same(a: CodeType, b: CodeType) -> bool:
     )
 
 
-def _compiled(function: FunctionType, node: ast.FunctionDef, cells: tuple[str, ...]) -> CodeType:
+def _compiled(
+    function: FunctionType, node: ast.FunctionDef, cells: tuple[str, ...], imports: bool = True
+) -> CodeType:
     """The code of ``node`` inside of a function that has ``cells``."""
     bare = ast.FunctionDef(node.name, _bare(node.args), node.body, [])
     outer = ast.parse(f"def outer({', '.join(cells)}): pass").body[0]
@@ -91,14 +93,20 @@ def _compiled(function: FunctionType, node: ast.FunctionDef, cells: tuple[str, .
     outer.body = [ast.copy_location(bare, node)]
     ast.copy_location(outer, node)
     # A call of what is imported compiles to something else than that of a method.
-    names = [ast.alias(n) for n in function.__code__.co_names if _is_imported(n, function)]
-    imports = [ast.copy_location(ast.Import(names), node)] if names else []
-    module = ast.fix_missing_locations(ast.Module([*imports, outer], []))
+    names = [ast.alias(n) for n in sorted(used(function.__code__)) if _is_imported(n, function)]
+    before = [ast.copy_location(ast.Import(names), node)] if names and imports else []
+    module = ast.fix_missing_locations(ast.Module([*before, outer], []))
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag
     code = compile(module, function.__code__.co_filename, "exec", flags, dont_inherit=True)
     for _ in range(2):
         code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
     return code
+
+
+def used(code: CodeType) -> set[str]:
+    """The globals and attributes that a function and those in it name."""
+    inside = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return {*code.co_names}.union(*map(used, inside))
 
 
 def _is_imported(name: str, function: FunctionType) -> bool:
@@ -144,8 +152,9 @@ def tree(function: FunctionType, owner: str) -> ast.FunctionDef:
         node = find(code, lines)
         if node is not None:
             _Mangle(owner).visit(node)
-            if _same(_compiled(function, node, code.co_freevars), code):
-                return node
+            for imports in (True, False):
+                if _same(_compiled(function, node, code.co_freevars, imports), code):
+                    return node
     except (SyntaxError, ValueError, IndexError, StopIteration):
         pass
     raise LeftAlone("its source is not at hand")

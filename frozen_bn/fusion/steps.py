@@ -16,6 +16,7 @@ import operator
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from ..modules import _FrozenBatchNorm
 from ..pair import frozen_batch_norm_pair
 from . import fold
 
-Handler = Callable[[Any, Any], Any]
+Handler = Callable[..., Any]
 
 _CONVOLUTIONS: dict[type, Any] = {
     nn.Conv1d: torch.conv1d,
@@ -65,6 +66,10 @@ class Merge(NamedTuple):
 
 #: Told of every Merge, while summary() runs a model.
 recorders: list[Callable[[Merge], None]] = []
+
+
+#: By rewritten method, the one that may return what is pending.
+raw_methods: WeakKeyDictionary[Any, types.FunctionType] = WeakKeyDictionary()
 
 
 class Convolution:
@@ -137,6 +142,8 @@ def _learn(kind: type) -> _Kind:
     if not issubclass(kind, nn.Module):
         if kind in (types.FunctionType, types.BuiltinFunctionType):
             found = _Kind(_function, None)
+        elif kind is types.MethodType:
+            found = _Kind(_method, None)
     elif kind in _CONVOLUTIONS:
         found = _Kind(_convolve, forward)
     elif issubclass(kind, _FrozenBatchNorm):
@@ -171,8 +178,8 @@ def call(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     handler, forward, written, written_forward = _kinds.get(t) or _learn(t)
     if handler is None:
         return f(value(x), *args, **kwargs)
-    if handler is _function:
-        return _function(f, x, args, kwargs)
+    if forward is None:
+        return handler(f, x, args, kwargs)
     if (
         args
         or kwargs
@@ -243,7 +250,7 @@ def method(x: Any, name: str, *args: Any) -> Any:
         if name == "add" and type(args[0]) is Normalized and _takes(args[0], x):
             return args[0]
     elif _waits(x):
-        found = activations.of_call(name, args, {})
+        found = activations.of_call(name, (x, *args), {})
         if found is not None:
             return compute(x, *found)
     return getattr(value(x), name)(*map(value, args))
@@ -254,10 +261,15 @@ def method(x: Any, name: str, *args: Any) -> Any:
 
 def _function(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
     if _waits(x):
-        found = activations.of_call(f, args, kwargs)
+        found = activations.of_call(f, (x, *args), kwargs)
         if found is not None and found.name is not None:
             return compute(x, *found)
     return f(value(x), *args, **kwargs)
+
+
+def _method(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
+    raw = raw_methods.get(f.__func__)
+    return f(value(x), *args, **kwargs) if raw is None else raw(f.__self__, value(x), *args, **kwargs)
 
 
 def _convolve(conv: Any, x: Any) -> Any:
