@@ -6,9 +6,12 @@ from __future__ import annotations
 import __future__
 
 import ast
+import dis
 import functools
 import inspect
+import itertools
 import linecache
+import sys
 import types
 from collections.abc import Mapping
 from types import CodeType, FunctionType
@@ -84,7 +87,7 @@ def _same(a: CodeType, b: CodeType) -> bool:
 
 
 def _compiled(
-    function: FunctionType, node: ast.FunctionDef, cells: tuple[str, ...], imports: bool = True
+    function: FunctionType, node: ast.FunctionDef, cells: tuple[str, ...]
 ) -> CodeType:
     """The code of ``node`` inside of a function that has ``cells``."""
     bare = ast.FunctionDef(node.name, _bare(node.args), node.body, [])
@@ -92,9 +95,8 @@ def _compiled(
     assert isinstance(outer, ast.FunctionDef)
     outer.body = [ast.copy_location(bare, node)]
     ast.copy_location(outer, node)
-    # A call of what is imported compiles to something else than that of a method.
-    names = [ast.alias(n) for n in sorted(used(function.__code__)) if _is_imported(n, function)]
-    before = [ast.copy_location(ast.Import(names), node)] if names and imports else []
+    names = sorted(used(function.__code__) - _called_methods(function.__code__))
+    before = [ast.copy_location(ast.Import([*map(ast.alias, names)]), node)] if names else []
     module = ast.fix_missing_locations(ast.Module([*before, outer], []))
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag
     code = compile(module, function.__code__.co_filename, "exec", flags, dont_inherit=True)
@@ -109,10 +111,15 @@ def used(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*map(used, inside))
 
 
-def _is_imported(name: str, function: FunctionType) -> bool:
-    value = function.__globals__.get(name)
-    elsewhere = getattr(value, "__module__", None) not in (None, function.__module__)
-    return isinstance(value, types.ModuleType) or elsewhere
+def _called_methods(code: CodeType) -> set[str]:
+    """The globals whose methods it calls, which no `import` made: those compile to something else."""
+    found = set()
+    for one, two in itertools.pairwise(dis.get_instructions(code)):
+        flagged = two.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and two.arg & 1
+        if one.opname == "LOAD_GLOBAL" and (two.opname == "LOAD_METHOD" or flagged):
+            found.add(one.argval)
+    inside = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return found.union(*map(_called_methods, inside))
 
 
 def _bare(arguments: ast.arguments) -> ast.arguments:
@@ -152,9 +159,8 @@ def tree(function: FunctionType, owner: str) -> ast.FunctionDef:
         node = find(code, lines)
         if node is not None:
             _Mangle(owner).visit(node)
-            for imports in (True, False):
-                if _same(_compiled(function, node, code.co_freevars, imports), code):
-                    return node
+            if _same(_compiled(function, node, code.co_freevars), code):
+                return node
     except (SyntaxError, ValueError, IndexError, StopIteration):
         pass
     raise LeftAlone("its source is not at hand")
