@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dis
+import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, cast
@@ -14,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-from . import fuse
 from .checks import fail
-from .fold import Sources, fold, is_sharded
+from .fusion.classes import fuse as fuse_classes
+from .fusion.classes import made, reasons, unfuse
+from .fusion.fold import Sources, fold, is_normalized_by, is_sharded
+from .fusion.report import Method, _is_plain
+from .fusion.rewrite import Site
+from .fusion.roles import is_sequential, parts
 from .modules import _FrozenBatchNorm
 from .recognise import is_batch_norm
-from .source import CannotTrace, nested
-from .traced import has_hooks, optional_arguments
 
 _ACTIVATIONS: dict[str | None, Callable[[_FrozenBatchNorm], nn.Module]] = {
     None: lambda bn: nn.Identity(),
@@ -52,10 +57,17 @@ def _methods(owner: nn.Module) -> dict[str, CodeType]:
     return codes
 
 
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
 def _reads(code: CodeType) -> set[str]:
     """The attributes that it reads, but for those of which it wants to know a size."""
     names: set[str] = set()
-    for part in nested(code):
+    for part in _nested(code):
         instructions = [i for i in dis.get_instructions(part) if i.opname not in ("CACHE", "NOP")]
         for this, following in zip(instructions, [*instructions[1:], None], strict=True):
             if this.opname in ("LOAD_ATTR", "LOAD_METHOD") and not (
@@ -84,61 +96,105 @@ def _is_read_alone(owner: nn.Module, conv: str, bn: str) -> bool:
     return any(names[0] in read and names[1] not in read for read in others)
 
 
-def _pairs_of(owner: nn.Module, shared: set[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
-    """Each frozen layer that its own ``forward`` calls, with the convolution before it or why not;
-    and each convolution that is called otherwise, with None."""
-    if optional_arguments(owner):
-        raise CannotTrace("it has optional arguments, which may change what it does")
-    for plan in fuse._plans(owner, shared).values():
-        merges = [m for merge in plan.merges for m in (merge, merge.other) if m is not None]
-        convs = {merge.bn: merge.conv for merge in merges if merge.conv is not None}
-        for node in plan.graph.nodes:
-            if node.op != "call_module":
+class _Uses:
+    """What comes behind each convolution of a fused model, and before each frozen layer: modules, or
+    None for anything else."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.behind: dict[nn.Module, set[nn.Module | None]] = {}
+        self.before: dict[nn.Module, set[nn.Module | None]] = {}
+        self.reasons: dict[nn.Module, str] = {}
+        called: set[nn.Module] = set()
+        for owner in root.modules():
+            if not isinstance(owner, _FrozenBatchNorm) and not is_sequential(owner):
+                called |= self._of_methods(owner)
+        inside = {c for m in root.modules() if is_sequential(m) for c in m.children()}
+        for module in root.modules():
+            if is_sequential(module) and module not in called | inside:
+                self._chain([*_layers(module)])
+
+    def _chain(self, layers: list[nn.Module]) -> None:
+        for one, two in zip([None, *layers], [*layers, None], strict=True):
+            if one is not None:
+                self.behind.setdefault(one, set()).add(two)
+            if two is not None:
+                self.before.setdefault(two, set()).add(one)
+
+    def _of_methods(self, owner: nn.Module) -> set[nn.Module]:
+        """Returns what the methods that ``forward`` calls call."""
+        info, called = made(owner), set[nn.Module]()
+        methods = {**info.others, **info.methods} if info else {}
+        names, done = ["forward"], set[str]()
+        for layer in owner.children():
+            for reason in reasons(owner).values() if isinstance(layer, _FrozenBatchNorm) else ():
+                self.reasons[layer] = f"{type(owner).__name__}.forward: {reason}"
+        while names:
+            name = names.pop()
+            if name in done or name not in methods:
                 continue
-            module = owner.get_submodule(str(node.target))
-            conv = convs.get(node)
-            if isinstance(module, _FrozenBatchNorm):
-                if conv is None:
-                    yield module, _NONE_BEFORE
-                elif _is_read_alone(owner, str(conv.target), str(node.target)):
-                    yield module, f"another method of {type(owner).__name__} uses its convolution"
-                else:
-                    yield module, owner.get_submodule(str(conv.target))
-            elif node not in convs.values():
-                yield module, None
+            done.add(name)
+            method = Method(owner, name, methods[name], every=True)
+            names += method.called_methods()
+            for site in method.sites:
+                layers = method.layers(site)
+                called |= {m for m in (method.object(site.callee),) if isinstance(m, nn.Module)}
+                self._site(method, site, layers)
+        return called
+
+    def _site(self, method: Method, site: Site, layers: list[nn.Module]) -> None:
+        for one, two in itertools.pairwise(layers):
+            self.behind.setdefault(one, set()).add(two)
+            self.before.setdefault(two, set()).add(one)
+        if not layers:
+            return
+        first, last = layers[0], layers[-1]
+        sources = {l for s in site.inputs[0] for l in method.layers(s)[-1:]} or {None}
+        extra = isinstance(site.node, ast.Call) and len(site.node.args) + len(site.node.keywords) > 1
+        self.before.setdefault(first, set()).update(sources | ({None} if extra else set()))
+        readers = {l for s in site.readers for l in method.layers(s)[:1]}
+        alone = readers and not site.others and len(site.readers) == 1
+        if not site.returned:
+            self.behind.setdefault(last, set()).update(readers if alone else {None})
+
+
+def _layers(sequential: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in parts(sequential) if type(m) is not nn.Identity)
 
 
 def convolutions_before(root: nn.Module) -> Found:
     """Of each frozen layer in ``root`` the convolution whose output is its input, always, and read
     by nothing else; or why there is none."""
-    found: dict[nn.Module, Any] = {}
-    used_otherwise: set[nn.Module] = set()
-    shared = fuse.shared_modules(root)
-
-    def tell(layer: nn.Module, what: Any) -> None:
-        if found.setdefault(layer, what) is not what:
-            found[layer] = what if isinstance(what, str) else _NONE_BEFORE
-
-    for owner in root.modules():
-        if isinstance(owner, _FrozenBatchNorm) or fuse.only_holds(owner):
-            continue
-        try:
-            for layer, what in _pairs_of(owner, shared) if any(fuse.called(owner)) else ():
-                if what is None:
-                    used_otherwise.add(layer)
-                else:
-                    tell(layer, what)
-        except CannotTrace as reason:
-            for layer in fuse.called(owner):
-                tell(layer, f"{type(owner).__name__}.forward: {reason}")
-    result: Found = {}
+    fuse_classes(root, False)
+    uses = _Uses(root)
+    unfuse(root)
+    places = Counter(child for module in root.modules() for child in module._modules.values())
+    parents = {child: module for module in root.modules() for child in module.children()}
+    names = {module: name for name, module in root.named_modules()}
+    found: Found = {}
     for layer in root.modules():
-        if isinstance(layer, _FrozenBatchNorm):
-            what = found.get(layer, _NONE_BEFORE)
-            result[layer] = _NONE_BEFORE if what in used_otherwise else what
-            if has_hooks(layer):
-                result[layer] = "it has hooks"
-    return result
+        if not isinstance(layer, _FrozenBatchNorm):
+            continue
+        before = uses.before.get(layer, set())
+        conv = next(iter(before)) if len(before) == 1 else None
+        if not _is_plain(layer):
+            found[layer] = "it has hooks"
+        elif layer in uses.reasons:
+            found[layer] = uses.reasons[layer]
+        elif (
+            conv is None
+            or uses.behind.get(conv) != {layer}
+            or places[conv] > 1
+            or places[layer] > 1
+            or not _is_plain(conv)
+            or not is_normalized_by(conv, layer)
+        ):
+            found[layer] = _NONE_BEFORE
+        elif _is_read_alone(parents[conv], names[conv], names[layer]):
+            owner = type(parents[conv]).__name__
+            found[layer] = f"another method of {owner} uses its convolution"
+        else:
+            found[layer] = conv
+    return found
 
 
 def _take_over(conv: nn.Module, bn: _FrozenBatchNorm) -> str | None:
@@ -213,7 +269,7 @@ def fold_for_inference(module: nn.Module, *inputs: Any) -> nn.Module:
         RuntimeError: on ``inputs`` the copy does not return what ``module`` returns in ``eval()``.
     """
     twin = copy.deepcopy(module).eval()
-    fuse.unfuse_forwards(twin)
+    unfuse(twin)
     with torch.no_grad():
         expected = twin(*inputs) if inputs else None
         stay = _fold_all(twin)

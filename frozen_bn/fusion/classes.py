@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 
 from ..modules import _FrozenBatchNorm
 from . import source, steps
@@ -34,6 +34,7 @@ class Made:
     written: type  # what it was made from
     roles: dict[str, dict[str, str]]
     methods: dict[str, Rewritten] = field(default_factory=dict)
+    others: dict[str, Rewritten] = field(default_factory=dict)  # where nothing is gained
     reasons: dict[str, str] = field(default_factory=dict)  # why others are left alone
 
 
@@ -131,14 +132,13 @@ def _rewrite(info: Made, name: str, calls: Mapping[str, str]) -> None:
     function = vars(holder)[name]
     try:
         if function is nn.Sequential.forward:
-            rewritten: Rewritten | None = _sequential(info.written)
+            rewritten = _sequential(info.written)
         else:
             rewritten = rewrite(function, name, holder, info.written, calls, steps)
     except LeftAlone as reason:
         info.reasons[name] = str(reason)
         return
-    if rewritten is not None:
-        info.methods[name] = rewritten
+    (info.methods if rewritten.text else info.others)[name] = rewritten
 
 
 def _sequential(written: type) -> Rewritten:
@@ -163,6 +163,9 @@ def _derived(written: type, namespace: dict[str, Any]) -> type:
         "__doc__": written.__doc__,
         "__reduce_ex__": _reduce,
     }
+    if issubclass(written, fx.GraphModule):  # whose class calls itself by these
+        own = vars(written)
+        namespace |= {n: own[n] for n in ("_wrapped_call", "__call__") if n in own}
     metaclass = type(written)
     new = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
     return new(metaclass, written.__name__, bases, namespace)  # type: ignore[no-any-return, type-var]

@@ -59,16 +59,18 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
-class _Method:
+class Method:
     """A rewritten method of one instance."""
 
-    def __init__(self, instance: nn.Module, name: str, rewritten: Rewritten) -> None:
+    def __init__(
+        self, instance: nn.Module, name: str, rewritten: Rewritten, every: bool = False
+    ) -> None:
         self.instance, self.name, self.rewritten = instance, name, rewritten
         self.loop: dict[str, Any] = {}  # the variables of one
         assert rewritten.node is not None
         self.self_name = rewritten.node.args.args[0].arg
         raw = rewritten.raw is not None
-        _, self.sites = analyse(rewritten.node, rewritten.roles, "steps", self.decide, raw)
+        _, self.sites = analyse(rewritten.node, rewritten.roles, "steps", self.decide, raw, every)
 
     def decide(self, test: ast.expr) -> bool | None:
         """What a test of the instance's attributes says."""
@@ -85,6 +87,12 @@ class _Method:
             return None if a is UNKNOWN or b is UNKNOWN or compare is None else bool(compare(a, b))
         found = self.value(test)
         return None if found is UNKNOWN else bool(found)
+
+    def called_methods(self) -> list[str]:
+        """What of the instance it names."""
+        assert self.rewritten.node is not None
+        attributes = (n for n in ast.walk(self.rewritten.node) if isinstance(n, ast.Attribute))
+        return [n.attr for n in attributes if getattr(n.value, "id", None) == self.self_name]
 
     def value(self, e: ast.expr) -> Any:
         return look_up(e, {self.self_name: self.instance, **self.loop}, run=True)
@@ -129,7 +137,7 @@ class _Method:
             info = made(found.__self__)
             rewritten = info and info.methods.get(found.__func__.__name__)
             if rewritten and rewritten.raw:
-                method = _Method(found.__self__, found.__func__.__name__, rewritten)
+                method = Method(found.__self__, found.__func__.__name__, rewritten)
                 returned = [s for s in method.sites if s.returned]
                 tail = method.tail({*returned})
                 if tail:
@@ -250,7 +258,7 @@ def _claims(module: nn.Module, info: Made) -> Iterator[tuple[_FrozenBatchNorm, F
         yield from _in_sequential(module)
     for name, rewritten in info.methods.items():
         if rewritten.node is not None:
-            yield from _Method(module, name, rewritten).fates()
+            yield from Method(module, name, rewritten).fates()
 
 
 def expected(root: nn.Module) -> dict[nn.Module, Fate]:
@@ -307,11 +315,6 @@ def _reason(root: nn.Module, layer: _FrozenBatchNorm) -> str:
             for name, reason in reasons(module).items():
                 return f"{type(module).__name__}.{name}: {reason}"
     return "nothing next to it to merge with"
-
-
-def convolutions_before(root: nn.Module) -> dict[nn.Module, nn.Module]:
-    """By frozen layer, the convolution whose output only that layer reads, by the sources."""
-    return {layer: fate.conv for layer, fate in expected(root).items() if fate.conv is not None}
 
 
 def fused_source(module: nn.Module) -> str:

@@ -568,24 +568,25 @@ def analyse(
     steps: str,
     decide: Decide = lambda test: None,
     raw: bool = False,
+    every: bool = False,
 ) -> tuple[list[ast.stmt], list[Site]]:
-    """The body with those steps that gain something. ``decide`` tells which way an `if` goes; with
-    ``raw`` it may return what is pending."""
+    """The body with those steps that gain something, or ``every`` one. ``decide`` tells which way an
+    `if` goes; with ``raw`` it may return what is pending."""
     useful: set[_Place] | None = None
     while True:
         method = _Method(node, roles, steps, decide, useful)
         body = _Scope(method, node, raw).rewritten()
         now = {place for place, site in method.sites.items() if site.is_useful()}
-        if now == useful:
+        if every or now == useful:
             return body, [*method.sites.values()]
         useful = now
 
 
 def rewrite(
     function: FunctionType, name: str, defined_in: type, owner: type, roles: Roles, steps: object
-) -> Rewritten | None:
-    """The method ``name`` of the class ``owner``, found in ``defined_in``; None where there is
-    nothing to be gained.
+) -> Rewritten:
+    """The method ``name`` of the class ``owner``, found in ``defined_in``; as it was, without a text,
+    where there is nothing to be gained.
 
     Raises:
         LeftAlone: it has to stay as it is.
@@ -605,7 +606,7 @@ def rewrite(
     raw_body, raw_sites = analyse(node, roles, names[0], raw=True)
     returns = name != "forward" and any(site.returned for site in raw_sites)
     if not returns and not any(site.step in ("normalize", "call") for site in sites):
-        return None
+        return Rewritten(function, "", None, node, roles)
     refused = used.intersection(_REFUSED)
     refused |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} & {*_REFUSED[4:6]}
     if refused:

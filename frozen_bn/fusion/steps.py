@@ -27,7 +27,7 @@ from torch.utils._device import DeviceContext
 from .. import activations
 from ..checks import ACTIVATIONS, SMOOTH, Statistics
 from ..functional import activate as activate_sum
-from ..functional import frozen_batch_norm, is_transformed
+from ..functional import frozen_batch_norm, has_kernels, is_transformed
 from ..modules import _FrozenBatchNorm
 from ..pair import frozen_batch_norm_pair
 from . import fold
@@ -278,19 +278,20 @@ def _convolve(conv: Any, x: Any) -> Any:
 
 
 def _convolved(c: Convolution) -> Tensor:
-    output = c.output
-    if output is None:
-        conv = c.conv
-        d = conv.__dict__
-        function, parameters = _CONVOLUTIONS[type(conv)], d["_parameters"]
-        weight = parameters.get("weight")
-        if function is not None and type(weight) is Parameter and d["padding_mode"] == "zeros":
-            options = d["stride"], d["padding"], d["dilation"], d["groups"]
-            output = function(c.input, weight, parameters.get("bias"), *options)
-        else:
-            output = conv(c.input)
-        c.output, c.input = output, None  # type: ignore[assignment]
-    return output  # type: ignore[no-any-return]
+    if c.output is None:
+        c.output, c.input = _run(c.conv, c.input), None
+    return c.output  # type: ignore[no-any-return]
+
+
+def _run(conv: Any, input: Any) -> Any:
+    """``conv(input)``, where nothing is hooked to it."""
+    d = conv.__dict__
+    function, parameters = _CONVOLUTIONS[type(conv)], d["_parameters"]
+    weight = parameters.get("weight")
+    if function is None or type(weight) is not Parameter or d["padding_mode"] != "zeros":
+        return conv(input)
+    options = d["stride"], d["padding"], d["dilation"], d["groups"]
+    return function(input, weight, parameters.get("bias"), *options)
 
 
 def _normalize(bn: Any, x: Any) -> Any:
@@ -390,9 +391,13 @@ def _trains(n: Normalized) -> bool:
 
 def _run_folded(n: Normalized, last: bool = False) -> None:
     """Runs the convolution with the layer's scale in its weight; what is to be added comes later,
-    unless nothing else does."""
+    unless nothing else does. Where that is not to be trained, the later pass does it all."""
     if n.bias is None and n.input is not None:
-        n.input, n.bias = fold.convolve(n.conv, Statistics(*n.vectors, n.eps), n.input, not last)
+        if not last and has_kernels(n.input) and not fold.is_trained(n.conv, n.bn):
+            n.input, n.folded = _run(n.conv, n.input), False
+            return
+        statistics = Statistics(*n.vectors, n.eps)
+        n.input, n.bias = fold.convolve(n.conv, statistics, n.input, not last)
         if n.bias is None:
             n.output = n.input
 
@@ -413,13 +418,15 @@ def _kernel(n: Normalized, activation: str | None, slope: float) -> Tensor:
     """All that is pending, by one call."""
     other, weight = n.other, n.vectors[2]
     saved = n.grad and (activation in _SMOOTH or (weight is not None and weight.requires_grad))
+    folded = n.folded
+    if folded:
+        _run_folded(n, last=other is None and activation is None)
     in_place = n.own and not n.folded and not saved
     if recorders:
-        _record(n, activation, in_place)
+        _record(n, activation, folded, in_place and not folded)
+    if n.output is not None:
+        return n.output  # type: ignore[no-any-return]
     if n.folded:
-        _run_folded(n, last=other is None and activation is None)
-        if n.output is not None:
-            return n.output  # type: ignore[no-any-return]
         return activate_sum(n.input, n.bias, other, activation, slope)
     if type(other) is Normalized:
         return frozen_batch_norm_pair(
@@ -442,11 +449,11 @@ def _kernel(n: Normalized, activation: str | None, slope: float) -> Tensor:
     )
 
 
-def _record(n: Normalized, activation: str | None, in_place: bool) -> None:
+def _record(n: Normalized, activation: str | None, folded: bool, in_place: bool) -> None:
     other = n.other
     pair = type(other) is Normalized
     added = "two branches" if pair else "add" if other is not None else ""
-    merges = [Merge(n.bn, added, activation, n.conv, n.folded, in_place)]
+    merges = [Merge(n.bn, added, activation, n.conv, folded, in_place)]
     if pair:
         merges.append(Merge(other.bn, added, activation, other.conv, False, other.own))
     for recorder in recorders:
