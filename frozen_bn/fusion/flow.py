@@ -6,13 +6,27 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+Names = set[str]
 INNER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 INNER += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # type: ignore[assignment]
 
 #: Stand for what follows a block of statements: the end of a loop's body, or of a `with` or `try`,
 #: where nothing stays pending.
 LOOP, BORDER = ast.Pass(), ast.Pass()
+
+
+#: Statements that nothing pending goes into or comes out of.
+BORDERED = (ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
+
+
+def blocks_of(s: ast.AST) -> Iterator[list[ast.stmt]]:
+    """The blocks of a statement, also those of its handlers and cases."""
+    for name in ("body", "handlers", "cases", "orelse", "finalbody"):
+        block = getattr(s, name, [])
+        if name in ("handlers", "cases"):
+            yield from (part.body for part in block)
+        elif block:
+            yield block
 
 
 def names(node: ast.AST) -> Iterator[str]:
@@ -26,17 +40,19 @@ def names(node: ast.AST) -> Iterator[str]:
 
 def loads(node: ast.AST) -> list[str]:
     """What is read."""
-    found = [
+    parts = [*ast.walk(node)]
+    augmented = [part.target for part in parts if isinstance(part, ast.AugAssign)]
+    return [
         part.id
-        for part in ast.walk(node)
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
+        for part in parts
+        if isinstance(part, ast.Name) and (isinstance(part.ctx, ast.Load) or part in augmented)
     ]
-    found += [
-        part.target.id
-        for part in ast.walk(node)
-        if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name)
-    ]
-    return found
+
+
+def stored(node: ast.AST, context: type[ast.expr_context] = ast.Store) -> set[str]:
+    """What is assigned to, or deleted."""
+    parts = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+    return {part.id for part in parts if isinstance(part.ctx, context)}
 
 
 def captured(body: Sequence[ast.AST]) -> set[str]:
@@ -72,20 +88,16 @@ class Liveness:
     def ends(self, name: str, statement: ast.stmt) -> bool:
         """Whether ``statement`` reads ``name`` once, and nothing reads that value afterwards."""
         after = self.after[statement] - {target(statement)}
-        walrus = any(isinstance(n, ast.NamedExpr) and n.target.id == name for n in ast.walk(statement))
+        named = (n for n in ast.walk(statement) if isinstance(n, ast.NamedExpr))
+        walrus = any(n.target.id == name for n in named)
         if isinstance(statement, ast.AugAssign):
             after = after - {*names(statement.target)}
         once = loads(statement).count(name) == 1
         return once and not walrus and name not in after | self.raised[statement]
 
     def _block(
-        self,
-        body: Sequence[ast.stmt],
-        out: set[str],
-        raised: set[str],
-        stop: set[str],
-        again: set[str],
-    ) -> set[str]:
+        self, body: Sequence[ast.stmt], out: Names, raised: Names, stop: Names, again: Names
+    ) -> Names:
         live = out
         for statement in reversed(body):
             self.after[statement], self.raised[statement] = live, raised
@@ -93,67 +105,30 @@ class Liveness:
         return live
 
     def _statement(
-        self, s: ast.stmt, out: set[str], raised: set[str], stop: set[str], again: set[str]
-    ) -> set[str]:
+        self, s: ast.stmt, out: Names, raised: Names, stop: Names, again: Names
+    ) -> Names:
         if isinstance(s, ast.Return | ast.Raise):
             return {*loads(s)}
-        if isinstance(s, ast.Break):
-            return stop
-        if isinstance(s, ast.Continue):
-            return again
+        if isinstance(s, ast.Break | ast.Continue):
+            return stop if isinstance(s, ast.Break) else again
         if isinstance(s, ast.If):
             blocks = (self._block(b, out, raised, stop, again) for b in (s.body, s.orelse))
             return {*loads(s.test)}.union(*blocks)
-        if isinstance(s, ast.For | ast.AsyncFor | ast.While):
-            return self._loop(s, out, raised, stop, again)
-        if isinstance(s, ast.With | ast.AsyncWith):  # which may swallow an exception
-            body = self._block(s.body, out, raised | out, stop, again)
-            return body.union(*(loads(item) for item in s.items))
-        if isinstance(s, ast.Try | ast.TryStar):
-            return self._try(s, out, raised, stop, again)
-        if isinstance(s, ast.Match):
-            read = {*loads(s.subject)} | {n for c in s.cases for n in loads(c.pattern)}
-            read = read.union(*(loads(c.guard) for c in s.cases if c.guard))
-            return read.union(out, *(self._block(c.body, out, raised, stop, again) for c in s.cases))
+        if isinstance(s, ast.For | ast.While):
+            head = self._block(s.orelse, out, raised, stop, again)
+            head = head | {*loads(s.test if isinstance(s, ast.While) else s.target)}
+            while True:
+                grown = head | self._block(s.body, head, raised, out, head)
+                if grown == head:
+                    return head | ({*loads(s.iter)} if isinstance(s, ast.For) else set())
+                head = grown
+        bodies = [*blocks_of(s)]
+        if isinstance(s, BORDERED):  # from anywhere inside it may go on behind, or in a handler
+            inside = out | raised | {n for body in bodies[1:] for part in body for n in loads(part)}
+            for body in bodies:
+                self._block(body, inside, inside, stop | inside, again | inside)
+            return out | {*loads(s)}
         return (out - {target(s)}) | {*loads(s)}
-
-    def _loop(
-        self,
-        s: ast.For | ast.AsyncFor | ast.While,
-        out: set[str],
-        raised: set[str],
-        stop: set[str],
-        again: set[str],
-    ) -> set[str]:
-        head = self._block(s.orelse, out, raised, stop, again)
-        head = head | {*loads(s.test if isinstance(s, ast.While) else s.target)}
-        while True:
-            grown = head | self._block(s.body, head, raised, out, head)
-            if grown == head:
-                return head if isinstance(s, ast.While) else head | {*loads(s.iter)}
-            head = grown
-
-    def _try(
-        self,
-        s: ast.Try | ast.TryStar,
-        out: set[str],
-        raised: set[str],
-        stop: set[str],
-        again: set[str],
-    ) -> set[str]:
-        everywhere = out | raised | stop | again
-        last = self._block(s.finalbody, everywhere, raised, stop, again) if s.finalbody else set()
-        after = last or out
-        outside = raised | last, stop | last, again | last
-        caught = last.union(
-            *(
-                {*(loads(h.type) if h.type else ())} | self._block(h.body, after, *outside)
-                for h in s.handlers
-            )
-        )
-        other = self._block(s.orelse, after, *outside)
-        body = self._block(s.body, other, raised | caught, *outside[1:])
-        return body | caught
 
 
 def order(node: ast.expr) -> Iterator[str | None]:
@@ -209,7 +184,7 @@ def soon(name: str, following: Sequence[ast.stmt], depth: int = 0) -> bool:
     for i, s in enumerate(following):
         if s is LOOP or depth > 6:
             return False
-        if s is BORDER or isinstance(s, ast.With | ast.AsyncWith | ast.Try | ast.TryStar):
+        if s is BORDER or isinstance(s, BORDERED):
             return True  # it is evaluated right there
         if isinstance(s, ast.Pass):
             continue

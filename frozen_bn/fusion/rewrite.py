@@ -260,13 +260,12 @@ class _Scope:
             return cast(Node, ast.copy_location(new, node))
         new = copy.copy(node)
         for name, value in ast.iter_fields(node):
-            if isinstance(value, list):
-                setattr(new, name, [self.part(item) for item in value])
-            else:
-                setattr(new, name, self.part(value))
-        return new  # type: ignore[return-value]
+            setattr(new, name, self.part(value))
+        return new
 
     def part(self, value: object) -> object:
+        if isinstance(value, list):
+            return [self.part(item) for item in value]
         if isinstance(value, ast.expr):
             reads = not isinstance(getattr(value, "ctx", None), ast.Store | ast.Del)
             return self.visit(value) if reads else self.rebuilt(value)
@@ -300,12 +299,8 @@ class _Scope:
             return self.branches(s, rest)
         if isinstance(s, ast.For | ast.While):
             return self.loop(s)
-        if isinstance(s, ast.With):
-            return self.with_(s)
-        if isinstance(s, ast.Try | ast.TryStar):
-            return self.try_(s)
-        if isinstance(s, ast.Match):
-            return self.match(s)
+        if isinstance(s, flow.BORDERED):
+            return self.bordered(s)
         if isinstance(s, ast.FunctionDef):
             return self.function(s)
         if isinstance(s, ast.ClassDef | ast.AsyncFunctionDef):
@@ -323,9 +318,9 @@ class _Scope:
                 site.returned = self.returned = True
             return [self.left(ast.copy_location(ast.Return(value), s))]
         new = self.rebuilt(s)
-        self.assign({n.id for n in ast.walk(s) if _is(n, ast.Store)})
+        self.assign(flow.stored(s))
         if isinstance(s, ast.Delete):
-            self.forget({n.id for n in ast.walk(s) if _is(n, ast.Del)})
+            self.forget(flow.stored(s, ast.Del))
         elif isinstance(s, ast.Import | ast.ImportFrom):
             self.assign({(a.asname or a.name).split(".")[0] for a in s.names})
         return [self.left(new) if isinstance(s, _ENDS) else new]
@@ -385,7 +380,7 @@ class _Scope:
 
     def branches(self, s: ast.If, rest: Sequence[ast.stmt]) -> list[ast.stmt]:
         test = self.visit(s.test)
-        self.assign({n.id for n in ast.walk(s.test) if _is(n, ast.Store)})
+        self.assign(flow.stored(s.test))
         start, ends = self.state, []
         known = self.method.decide(s.test)
         for value, body in ((True, s.body), (False, s.orelse)):
@@ -416,7 +411,7 @@ class _Scope:
             self.statement = s
             test = self.visit(s.test) if isinstance(s, ast.While) else None
             if isinstance(s, ast.For):
-                self.assign({n.id for n in ast.walk(s.target) if _is(n, ast.Store)})
+                self.assign(flow.stored(s.target))
             body = self.block(s.body, [flow.LOOP])
             if self.state and entry:
                 body += self.flush(s, {*self.state.pending} - entry.assigned)
@@ -443,53 +438,28 @@ class _Scope:
         self.borders -= 1
         return new + self.flush(at) if body else []
 
-    def with_(self, s: ast.With) -> list[ast.stmt]:
+    def bordered(self, s: ast.stmt) -> list[ast.stmt]:
+        """A `with`, `try` or `match`: nothing pending goes in or out. An exception may leave any
+        variable of it pending all the same."""
         before = self.flush(s)
-        new = copy.copy(s)
-        self.statement = s
-        new.items = [self.rebuilt(item) for item in s.items]
         start, outer, self.ever = self.state, self.ever, {}
-        self.assign({n.id for item in s.items for n in ast.walk(item) if _is(n, ast.Store)})
-        new.body = self.closed(s.body, s)
-        # An exception that is swallowed may leave a variable pending.
-        self.state = start and State({**start.pending, **self.ever}, start.assigned)
-        self.ever = {**outer, **self.ever}
-        return [*before, new]
 
-    def try_(self, s: ast.Try | ast.TryStar) -> list[ast.stmt]:
-        before = self.flush(s)
-        start, outer, self.ever = self.state, self.ever, {}
-        new = copy.copy(s)
-        new.body = self.closed(s.body, s)
-        new.orelse = self.closed(s.orelse, s)
-        new.handlers = []
-        for handler in s.handlers:
-            self.state = start and State({**start.pending, **self.ever}, start.assigned)
-            self.statement = handler  # type: ignore[assignment]
-            kind = handler.type and self.visit(handler.type)
-            body = self.closed(handler.body, s)
-            new.handlers.append(
-                ast.copy_location(ast.ExceptHandler(kind, handler.name, body), handler)
-            )
-        self.state = start and State({**start.pending, **self.ever}, start.assigned)
-        self.forget({handler.name for handler in s.handlers if handler.name})
-        new.finalbody = self.closed(s.finalbody, s)
-        self.state = start and State({**start.pending, **self.ever}, start.assigned)
-        self.ever = {**outer, **self.ever}
-        return [*before, new]
+        def inside(node: Node) -> Node:
+            new = copy.copy(node)
+            for name, value in ast.iter_fields(node):
+                if name in ("body", "orelse", "finalbody"):
+                    self.state = start and State({**start.pending, **self.ever}, start.assigned)
+                    setattr(new, name, self.closed(value, s))
+                elif name in ("handlers", "cases"):
+                    setattr(new, name, [inside(part) for part in value])
+                else:
+                    self.statement = s
+                    setattr(new, name, self.part(value))
+            return new
 
-    def match(self, s: ast.Match) -> list[ast.stmt]:
-        before = self.flush(s)
-        self.statement = s
-        new = copy.copy(s)
-        new.subject = self.visit(s.subject)
-        start, outer, self.ever = self.state, self.ever, {}
-        new.cases = []
-        for case in s.cases:
-            self.state = start
-            guard = case.guard and self.visit(case.guard)
-            new.cases.append(ast.match_case(case.pattern, guard, self.closed(case.body, s)))
+        new = inside(s)
         self.state = start and State({**start.pending, **self.ever}, start.assigned)
+        self.forget({handler.name for handler in getattr(s, "handlers", []) if handler.name})
         self.ever = {**outer, **self.ever}
         return [*before, new]
 
@@ -504,23 +474,13 @@ class _Scope:
         new.body = _Scope(self.method, s).rewritten()
         scope = _Scope(self.method, s, raw=True)
         raw = ast.FunctionDef(f"{s.name}_pending", s.args, scope.rewritten(), [])
-        names = [n.id for n in ast.walk(self.method.node) if isinstance(n, ast.Name)]
         functions = [n.name for n in ast.walk(self.method.node) if isinstance(n, ast.FunctionDef)]
-        stored = [n.id for n in ast.walk(self.method.node) if _is(n, ast.Store)]
-        if (
-            not scope.returned
-            or s.decorator_list
-            or s.name in stored
-            or functions.count(s.name) > 1
-            or raw.name in {*names, *functions}
-        ):
+        once = functions.count(s.name) == 1 and s.name not in flow.stored(self.method.node)
+        used = {*functions, *flow.names(self.method.node)}
+        if not scope.returned or s.decorator_list or not once or raw.name in used:
             return [new]
         self.inner[s.name] = raw.name
         return [new, ast.copy_location(raw, s)]
-
-
-def _is(node: ast.AST, context: type[ast.expr_context]) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, context)
 
 
 class _Method:
