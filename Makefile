@@ -50,7 +50,7 @@ $(VENV)/.torch:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(RUN) -m pip install --verbose --disable-pip-version-check --no-build-isolation \
-		--editable '.[test,benchmark,dev]' 2>&1 | tee .venv/build.log | $(PROGRESS)
+		--editable '.[test,benchmark,dev]' 2>&1 | tee $(VENV)/build.log | $(PROGRESS)
 	$(RUN) -m frozen_bn
 	touch $@
 

@@ -127,7 +127,7 @@ def extensions() -> tuple[list, dict]:
         )
     ]
     if reason is None:
-        many = [] if architectures == ONE_ARCHITECTURE else [f"--threads={jobs}"]
+        many = [f"--threads={jobs}"] if re.search("[; ]", architectures) else []
         modules.append(
             CUDAExtension(
                 "frozen_bn._cuda",

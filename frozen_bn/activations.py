@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_MODULES: dict[object, str | None] = {
+_MODULES: dict[type[nn.Module], str | None] = {
     nn.Identity: None,
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -47,6 +47,12 @@ class Activation(NamedTuple):
 
     name: str | None
     negative_slope: float = _SLOPE
+
+
+def as_module(name: str | None, negative_slope: float) -> nn.Module:
+    """As torch has it: ``nn.Identity`` for ``None``."""
+    kind = next(kind for kind, its_name in _MODULES.items() if its_name == name)
+    return nn.LeakyReLU(negative_slope) if kind is nn.LeakyReLU else kind()
 
 
 def defined(module: str, name: str) -> object:

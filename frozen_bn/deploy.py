@@ -6,7 +6,7 @@ import copy
 import dis
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -15,22 +15,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-from . import fuse
+from . import activations, fuse
 from .checks import fail
 from .fold import Sources, fold, is_sharded
 from .modules import _FrozenBatchNorm
 from .recognise import is_batch_norm
 from .source import CannotTrace, nested
 from .traced import has_hooks, optional_arguments
-
-_ACTIVATIONS: dict[str | None, Callable[[_FrozenBatchNorm], nn.Module]] = {
-    None: lambda bn: nn.Identity(),
-    "relu": lambda bn: nn.ReLU(),
-    "relu6": lambda bn: nn.ReLU6(),
-    "leaky_relu": lambda bn: nn.LeakyReLU(bn.negative_slope),
-    "silu": lambda bn: nn.SiLU(),
-    "hardswish": lambda bn: nn.Hardswish(),
-}
 
 #: What can be asked of a convolution without using it.
 _SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -179,7 +170,7 @@ def _fold_all(root: nn.Module) -> dict[str, str]:
             stay[names[layer] or type(layer).__name__] = reason
             continue
         parent, _, name = names[layer].rpartition(".")
-        activation = _ACTIVATIONS[layer.activation](layer).eval()
+        activation = activations.as_module(layer.activation, layer.negative_slope).eval()
         root.get_submodule(parent)._modules[name] = activation
     for name, layer in root.named_modules():
         if is_batch_norm(layer):

@@ -154,7 +154,7 @@ def _recognise_torchs(module: nn.Module) -> type[_FrozenBatchNorm]:
     base = _torch_class(kind)
     if base is None:
         raise LeftAlone(f"{kind.__name__} is a subclass that may compute something else")
-    if any(kind.forward is not forward for kind, forward in _TORCH_FORWARDS.items()):
+    if base.forward is not _TORCH_FORWARDS[base]:
         raise LeftAlone(f"the forward of torch's {base.__name__} has been replaced")
     return _TORCH_CLASSES[base]
 
