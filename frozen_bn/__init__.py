@@ -5,6 +5,7 @@ from .config import show_config
 from .convert import convert_frozen_bn, unfreeze_bn
 from .deploy import fold_for_inference
 from .functional import frozen_batch_norm
+from .fusion.report import fused_source
 from .modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from .report import norm_parameters, summary
 
@@ -17,6 +18,7 @@ __all__ = [
     "convert_frozen_bn",
     "fold_for_inference",
     "frozen_batch_norm",
+    "fused_source",
     "norm_parameters",
     "reference",
     "show_config",

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .checks import fail
-from .fold import is_sharded
-from .fuse import fuse_forwards, only_holds, unfuse_forwards
+from .fusion.classes import fuse as fuse_classes
+from .fusion.classes import is_enabled, only_holds, unfuse
+from .fusion.fold import is_sharded
 from .modules import FrozenBatchNormAct2d, _FrozenBatchNorm
 from .probe import COUNTERS, EVERY_RANK, VECTORS
 from .recognise import (
@@ -119,7 +120,7 @@ def convert_frozen_bn(
     module: nn.Module,
     *,
     freeze_affine: bool = True,
-    fuse: bool = False,
+    fuse: bool = True,
     fold_conv: bool = False,
     where: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
@@ -197,8 +198,8 @@ def convert_frozen_bn(
             stacklevel=2,
         )
     module = _replace(module, replacements)
-    if fuse or fold_conv:
-        fuse_forwards(module, fold_conv)
+    if (fuse or fold_conv) and is_enabled():
+        fuse_classes(module, fold_conv)
     return module
 
 
@@ -288,7 +289,7 @@ def unfreeze_bn(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or its replacement where it is itself a frozen batch normalization.
     """
-    unfuse_forwards(module)
+    unfuse(module)
     modes = _surrounding_modes(module)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in module.named_modules():

@@ -6,7 +6,7 @@ import copy
 import dis
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections import Counter
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-from . import activations, fuse
+from . import activations
 from .checks import fail
-from .fold import Sources, fold, is_sharded
+from .fusion.classes import only_holds, unfuse
+from .fusion.flow import SIZES, Uses, is_free, sole
+from .fusion.fold import Sources, fold, is_normalized_by, is_sharded
+from .fusion.source import codes
+from .fusion.steps import is_sequential
 from .modules import _FrozenBatchNorm
 from .recognise import is_batch_norm
-from .source import CannotTrace, nested
-from .traced import has_hooks, optional_arguments
 
-#: What can be asked of a convolution without using it.
-_SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
 #: By frozen layer, the convolution before it, or why there is none to take.
 Found = dict[_FrozenBatchNorm, nn.Module | str]
@@ -48,13 +48,13 @@ def _methods(owner: nn.Module) -> dict[str, CodeType]:
 def _reads(code: CodeType) -> set[str]:
     """The attributes that it reads, but for those of which it wants to know a size."""
     names: set[str] = set()
-    for part in nested(code):
+    for part in codes(code):
         instructions = [i for i in dis.get_instructions(part) if i.opname not in ("CACHE", "NOP")]
         for this, following in zip(instructions, [*instructions[1:], None], strict=True):
             if this.opname in ("LOAD_ATTR", "LOAD_METHOD") and not (
                 following is not None
                 and following.opname == "LOAD_ATTR"
-                and following.argval in _SIZES
+                and following.argval in SIZES
             ):
                 names.add(str(this.argval))
     return names
@@ -83,64 +83,39 @@ def _is_used_elsewhere(owner: nn.Module, conv: str, bn: str) -> bool:
     return False
 
 
-def _pairs_of(owner: nn.Module, shared: set[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
-    """Each frozen layer that its own ``forward`` calls, with the convolution before it or why not;
-    and each convolution that is called otherwise, with None."""
-    if optional_arguments(owner):
-        raise CannotTrace("it has optional arguments, which may change what it does")
-    for plan in fuse._plans(owner, shared).values():
-        merges = [m for merge in plan.merges for m in (merge, merge.other) if m is not None]
-        convs = {merge.bn: merge.conv for merge in merges if merge.conv is not None}
-        for node in plan.graph.nodes:
-            if node.op == "get_attr":  # the weight of a convolution, say
-                yield owner.get_submodule(str(node.target).rpartition(".")[0]), None
-            if node.op != "call_module":
-                continue
-            module = owner.get_submodule(str(node.target))
-            conv = convs.get(node)
-            if isinstance(module, _FrozenBatchNorm):
-                if conv is None:
-                    yield module, _NONE_BEFORE
-                elif _is_used_elsewhere(owner, str(conv.target), str(node.target)):
-                    yield module, f"another method of {type(owner).__name__} uses its convolution"
-                else:
-                    yield module, owner.get_submodule(str(conv.target))
-            elif node not in convs.values():
-                yield module, None
+def _owner(root: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The last around a layer that has a forward of its own, and its name."""
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):
+        above = root.get_submodule(".".join(parts[:i]))
+        if not (only_holds(above) or is_sequential(type(above))):
+            return ".".join(parts[:i]), above
+    return "", root
 
 
 def convolutions_before(root: nn.Module) -> Found:
     """Of each frozen layer in ``root`` the convolution whose output is its input, always, and read
     by nothing else; or why there is none."""
-    found: dict[nn.Module, Any] = {}
-    used_otherwise: set[nn.Module] = set()
-    shared = fuse.shared_modules(root)
+    uses = Uses(root)
+    names = {module: name for name, module in root.named_modules()}
+    places = Counter(module for _, module in root.named_modules(remove_duplicate=False))
 
-    def tell(layer: nn.Module, what: Any) -> None:
-        if found.setdefault(layer, what) is not what:
-            found[layer] = what if isinstance(what, str) else _NONE_BEFORE
+    def before(layer: _FrozenBatchNorm) -> nn.Module | str:
+        conv = sole(uses.before.get(layer))
+        if not is_free(layer):
+            return "it has hooks"
+        if not isinstance(conv, nn.Module) or not is_normalized_by(conv, layer):
+            return uses.reasons.get(layer, _NONE_BEFORE)
+        alone = places[conv] == places[layer] == 1 and sole(uses.behind.get(conv)) is layer
+        if not alone or not is_free(conv):
+            return _NONE_BEFORE
+        place, owner = _owner(root, names[layer])
+        relative = (names[m].removeprefix(place).lstrip(".") for m in (conv, layer))
+        if _is_used_elsewhere(owner, *relative):
+            return f"another method of {type(owner).__name__} uses its convolution"
+        return conv
 
-    for owner in root.modules():
-        if isinstance(owner, _FrozenBatchNorm) or fuse.only_holds(owner):
-            continue
-        try:
-            for layer, what in _pairs_of(owner, shared) if any(fuse.called(owner)) else ():
-                if what is None:
-                    used_otherwise.add(layer)
-                else:
-                    tell(layer, what)
-        except CannotTrace as reason:
-            for layer in fuse.called(owner):
-                tell(layer, f"{type(owner).__name__}.forward: {reason}")
-    result: Found = {}
-    for layer in root.modules():
-        if isinstance(layer, _FrozenBatchNorm):
-            what = found.get(layer, _NONE_BEFORE)
-            read = layer in used_otherwise or what in used_otherwise
-            result[layer] = _NONE_BEFORE if read else what
-            if has_hooks(layer):
-                result[layer] = "it has hooks"
-    return result
+    return {layer: before(layer) for layer in root.modules() if isinstance(layer, _FrozenBatchNorm)}
 
 
 def _take_over(conv: nn.Module, bn: _FrozenBatchNorm) -> str | None:
@@ -220,7 +195,7 @@ def fold_for_inference(module: nn.Module, *inputs: Any) -> nn.Module:
         RuntimeError: on ``inputs`` the copy does not return what ``module`` returns in ``eval()``.
     """
     twin = copy.deepcopy(module).eval()
-    fuse.unfuse_forwards(twin)
+    unfuse(twin)
     with torch.no_grad():
         expected = twin(*inputs) if inputs else None
         stay = _fold_all(twin)

@@ -292,6 +292,42 @@ def frozen_batch_norm(
     return _run(ordered, weight, bias, residual, constants)
 
 
+def launch(
+    input: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    residual: Tensor | None,
+    inplace: bool,
+) -> Tensor:
+    """:func:`frozen_batch_norm` for fusion: of plain tensors, outside of any transform, and in
+    place only over a tensor that nobody else has and no gradient needs."""
+    mean, var, weight, bias = vectors
+    if mean.requires_grad or var.requires_grad or not has_kernels(input):
+        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        options |= {"residual": residual, "inplace": inplace}
+        return reference.frozen_batch_norm(input, *vectors, eps, **options)
+    code = _CODES[activation]
+    if not (inplace or input.is_contiguous()):
+        input = reference.in_torchs_order(input)
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (residual is not None and residual.requires_grad)
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        constants = (mean, var, eps, code, negative_slope, inplace, False)
+        output: Tensor = _FrozenBatchNorm.apply(input, weight, bias, residual, constants)
+        return output
+    output, _, _ = _forward(
+        input, mean, var, weight, bias, residual, eps, code, negative_slope, inplace, False
+    )
+    if inplace:
+        torch.autograd.graph.increment_version(input)
+    return output
+
+
 # What torch.jit.script takes instead.
 frozen_batch_norm.__prepare_scriptable__ = lambda: reference.positional  # type: ignore[attr-defined]
 

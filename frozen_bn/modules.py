@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,6 @@ from .checks import Statistics, activation_code, fail, mismatch
 from .functional import frozen_batch_norm
 
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
-
-
-class Fate(NamedTuple):
-    """What convert_frozen_bn(fuse=True) made of a layer."""
-
-    merged: str = ""  # with what: "relu", "add + relu", "two branches + relu"
-    folded_into: str = ""  # the name of the convolution
-    in_place: bool = False
-    reason: str = ""  # if nothing of it
 
 
 def _upgrade(
@@ -49,10 +40,13 @@ class _FrozenBatchNorm(nn.Module):
         _original: list[nn.Module]
 
     __constants__ = ("_ranks",)
-    __jit_ignored_attributes__ = ("_original", "fate", "__module__", "kept_wide")
+    __jit_ignored_attributes__ = ("_original", "fold_conv", "__module__", "kept_wide")
 
     #: Whether half() or the like has been told to narrow the statistics, and was not obeyed.
     kept_wide: bool = False
+
+    #: Whether it is folded into the convolution before it, where its caller is rewritten.
+    fold_conv: bool = False
 
     #: The numbers of input dimensions taken; empty for any.
     _ranks: tuple[int, ...] = ()
@@ -92,7 +86,6 @@ class _FrozenBatchNorm(nn.Module):
         self.__module__ = "torch.nn"
         # What convert_frozen_bn replaced, for unfreeze_bn; in a list, so as not to be a submodule.
         self._original = []
-        self.fate = Fate()
 
         def constant(value: float) -> Tensor:
             return torch.full([num_features], value, device=device, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .convert import unfreeze_bn
+from .fusion.report import Fate, expected, observed
 from .modules import _FrozenBatchNorm
 from .recognise import NO_SUBMODULE, is_batch_norm, unregistered, why_not_frozen
 
 
-def _state(layer: nn.Module) -> tuple[str, str]:
+def _state(layer: nn.Module, fates: Mapping[nn.Module, Fate]) -> tuple[str, str]:
     """What it is counted as, and what is said of it."""
     if not isinstance(layer, _FrozenBatchNorm):
         return "skipped", f"skipped: {why_not_frozen(layer) or 'not converted'}"
-    fate = layer.fate
+    fate = fates.get(layer, Fate())
     parts = []
     if fate.folded_into:
         parts.append(f"folded into {fate.folded_into}")
@@ -105,7 +106,8 @@ def summary(module: nn.Module, *inputs: Any) -> str:
         for name, layer in module.named_modules()
         if is_batch_norm(layer) or isinstance(layer, _FrozenBatchNorm)
     }
-    states = {name: _state(layer) for name, layer in layers.items()}
+    fates = observed(module, inputs) if inputs else expected(module)
+    states = {name: _state(layer, fates) for name, layer in layers.items()}
     elsewhere = dict(unregistered(module))
     layers |= elsewhere
     states |= {name: ("skipped", f"skipped: {NO_SUBMODULE}") for name in elsewhere}

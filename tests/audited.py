@@ -1,4 +1,4 @@
-"""Modules with a made-up forward, for the tests of what convert_frozen_bn(fuse=True) may trace."""
+"""Modules with a made-up forward, for the tests of convert_frozen_bn(fuse=True)."""
 
 from __future__ import annotations
 
@@ -74,16 +74,12 @@ def frozen(net: nn.Module) -> nn.Module:
 
 
 def fused(net: nn.Module) -> nn.Module:
-    return convert_frozen_bn(copy.deepcopy(net), fuse=True).train()
-
-
-def y(s, x):
-    return F.relu(s.bn(s.conv(x)))
+    return convert_frozen_bn(copy.deepcopy(net)).train()
 
 
 class Plain(Parts):
     def forward(self, x):
-        return y(self, x) * self.own
+        return F.relu(self.bn(self.conv(x))) * self.own
 
 
 class SubOfPlain(Plain):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,22 +11,9 @@ from emulator import runtime
 from helpers import CPU_LEVELS
 
 import frozen_bn
-from frozen_bn import watch
 
 #: Besides the CPU: the CUDA kernels in an emulator, and on a GPU where there is one.
 ACCELERATORS = ["emulated"] + ["cuda"] * torch.cuda.is_available()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def show_to_coverage() -> Iterator[None]:
-    """What runs in a profile function is not traced, so not counted: lets another thread run it."""
-    audit = watch.Watch._audit
-    if sys.gettrace() is None:
-        yield
-        return
-    with ThreadPoolExecutor(1) as thread, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch.Watch, "_audit", lambda *a: thread.submit(audit, *a).result())
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import frozen_bn
+from frozen_bn.fusion.report import Fate, expected, observed
+from frozen_bn.fusion.steps import Merge, recorders
 
 VECTORS = ["weight", "bias", "running_mean", "running_var"]
 PIECEWISE_LINEAR, SMOOTH = ["relu", "relu6", "leaky_relu"], ["silu", "hardswish"]
@@ -106,10 +112,39 @@ def assert_close_in_norm(
         assert error <= tolerance * scale + 1e-30, f"{name}: {error:.2e} of {scale:.2e}"
 
 
-def merged(module: nn.Module) -> dict[str, str]:
+_made = itertools.count()
+
+
+def function_of(text: str, **names: object) -> Callable[..., object]:
+    """The last function that is defined in ``text``, whose source is there to be read, too."""
+    file = f"<tests {next(_made)}>"
+    text = f"import torch, torch.nn.functional as F\nfrom torch import nn, Tensor\n{text}"
+    namespace = dict(names)
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    exec(compile(text, file, "exec"), namespace)
+    return [value for value in namespace.values() if callable(value)][-1]
+
+
+def runs_fused(layer: nn.Module, run: Callable[[], object]) -> bool:
+    """Whether ``layer`` is computed by a step of a rewritten method, and not called."""
+    found: list[Merge] = []
+    recorders.append(found.append)
+    try:
+        run()
+    finally:
+        recorders.remove(found.append)
+    return any(merge.layer is layer for merge in found)
+
+
+def fates(module: nn.Module, *inputs: object) -> dict[str, Fate]:
+    """What became of each frozen layer, by name: by the sources, or in a run on ``inputs``."""
+    found = observed(module, inputs) if inputs else expected(module)
+    return {name: found[layer] for name, layer in module.named_modules() if layer in found}
+
+
+def merged(module: nn.Module, *inputs: object) -> dict[str, str]:
     """With what each frozen layer was merged, by name, where it was."""
-    layers = {name: getattr(layer, "fate", None) for name, layer in module.named_modules()}
-    return {name: fate.merged for name, fate in layers.items() if fate and fate.merged}
+    return {name: fate.merged for name, fate in fates(module, *inputs).items() if fate.merged}
 
 
 def _runnable(level: str) -> bool:

@@ -41,7 +41,7 @@ CONVERSIONS: dict[str, dict[str, bool]] = {
     }
     for freeze_affine in (True, False)
     for kind, options in {
-        "plain": {},
+        "plain": {"fuse": False},
         "fused": {"fuse": True},
         "folded": {"fold_conv": True},
     }.items()
@@ -62,7 +62,7 @@ def network(seed: int = 0, **options: bool) -> nn.Sequential:
 
 def plain_twin(options: dict[str, bool]) -> nn.Sequential:
     """Converted alike, but for fusing and folding."""
-    return network(freeze_affine=options["freeze_affine"])
+    return network(freeze_affine=options["freeze_affine"], fuse=False)
 
 
 def images(seed: int = 0) -> Tensor:

@@ -264,7 +264,7 @@ class Reaching(nn.Module):
         self.body = nn.ModuleDict({"stem": Owner()})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body["stem"].conv(x)
+        return next(self.body["stem"].children())(x)
 
 
 def test_an_example_input_tells_what_code_does_not():

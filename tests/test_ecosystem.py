@@ -19,7 +19,7 @@ from frozen_bn.modules import _FrozenBatchNorm
 from frozen_bn.recognise import is_batch_norm
 
 WAYS = {
-    "plain": {},
+    "plain": {"fuse": False},
     "fuse": {"fuse": True},
     "fold_conv": {"fold_conv": True},
     "fold_conv-affine": {"fold_conv": True, "freeze_affine": False},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ACTIVATIONS, assert_same_bits, outputs_and_gradients
-from nets import EVERY_CONVERSION, images, network
+from nets import EVERY_CONVERSION, images, live_network, network
 
-from frozen_bn import FrozenBatchNorm2d
-from frozen_bn.traced import TracedForward
+from frozen_bn import FrozenBatchNorm2d, convert_frozen_bn, unfreeze_bn
 
 # Large enough for the kernels to share it out among threads.
 LARGE = (4, 32, 64, 64)
@@ -87,21 +86,19 @@ def test_threads_share_one_model(options, mode):
         in_threads(infer)
 
 
-def test_a_first_call_that_another_thread_interrupts(monkeypatch):
-    """Whatever it has prepared by then, the other thread must be able to go on."""
+@pytest.mark.parametrize("fold_conv", [True, False])
+def test_threads_convert_and_run_at_once(fold_conv):
+    """Each a model of its own, of the same classes."""
+    expected, live = network(fold_conv=fold_conv)(images()), live_network()
 
-    def slowly(self: object, name: str, value: object) -> None:
-        vars(self)[name] = value
-        time.sleep(0.02)
+    def work(number: int) -> None:
+        for _ in range(4):
+            net = convert_frozen_bn(copy.deepcopy(live), fold_conv=fold_conv)
+            assert torch.equal(net(images()), expected)
+            assert torch.equal(copy.deepcopy(net)(images()), expected)
+            unfreeze_bn(net)
 
-    net, expected = network(fuse=True), network(fuse=True)(images())
-    monkeypatch.setattr(TracedForward, "__setattr__", slowly)
-
-    def call(number: int) -> None:
-        time.sleep(0.005 * number)
-        assert torch.equal(net(images()), expected)
-
-    in_threads(call)
+    in_threads(work)
 
 
 @EVERY_CONVERSION

@@ -49,7 +49,7 @@ TIMM = {
     "dla34": {"relu": 21, "add + relu": 12},
     "efficientnet_b0": {"silu": 33, "add": 9},
     "ghostnet_100": {"relu": 34},
-    "hrnet_w18_small": {"relu": 41, "add + relu": 18, "two branches + relu": 10},
+    "hrnet_w18_small": {"relu": 43, "add + relu": 18, "two branches + relu": 10},
     "mobilenetv3_large_100": {"hardswish": 20, "relu": 11, "add": 10},
     "regnety_008": {"relu": 29},
     "repvgg_a0": {},
@@ -85,7 +85,7 @@ def frozen(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's about initialization
         net = calm_(make()).to(dtype).train()
-    return convert_frozen_bn(net, freeze_affine=freeze_affine)
+    return convert_frozen_bn(net, freeze_affine=freeze_affine, fuse=False)
 
 
 def from_torchvision(name: str, **options: object) -> nn.Module:

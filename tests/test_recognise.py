@@ -337,6 +337,7 @@ def test_conv_norm_activation(norm, options):
     before, expected = snapshot(net), outputs_and_gradients(net, x)
     frozen = convert_frozen_bn(net, freeze_affine=norm is not nn.BatchNorm2d, **options).train()
     assert_close_in_norm(outputs_and_gradients(frozen, x), expected, 1e-12)
-    assert merged(net) == ({"0.1": "hardswish"} if options else {})
-    assert type(net[0]) is ops.Conv2dNormActivation
+    assert merged(net) == {"0.1": "hardswish"}
+    assert isinstance(net[0], ops.Conv2dNormActivation)
     assert_same_bits(snapshot(unfreeze_bn(net)), before)
+    assert type(net[0]) is ops.Conv2dNormActivation

@@ -196,16 +196,13 @@ def test_script_a_detector():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"fuse": True}, {"fold_conv": True}], ids=str)
-def test_script_refuses_a_fused_network_and_says_what_to_do(options):
+@EVERY_CONVERSION
+def test_script_a_network_that_is_fused_or_folded(options):
+    """It compiles the methods that are written in the classes."""
     net, x = network(**options), images()
-    expected = net(x)
-    text = "fused forward of Sequential: call frozen_bn.unfreeze_bn, then convert without fuse and"
-    with pytest.raises(AttributeError, match=text):
-        torch.jit.script(net)
-    torch.testing.assert_close(net(x), expected)
-    unfused = convert_frozen_bn(unfreeze_bn(net))
-    assert_equals_eager(torch.jit.script(unfused), network(), x)
+    scripted = torch.jit.script(net)
+    for module in (scripted, reloaded(scripted)):
+        assert_equals_eager(module, net, x)
 
 
 # Tracing

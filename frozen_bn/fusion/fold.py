@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import Statistics, arithmetic_dtype
-from .functional import has_kernels
-from .modules import _FrozenBatchNorm
+from ..checks import Statistics, arithmetic_dtype
+from ..modules import _FrozenBatchNorm
 
+VECTORS = ("weight", "bias", "running_mean", "running_var")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose1d: F.conv_transpose1d,
@@ -35,9 +35,10 @@ def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
     return bool(conv.out_channels == bn.num_features) and (not bn._ranks or rank in bn._ranks)
 
 
-def _transposed(conv: nn.Module) -> Any:
-    """The function of a transposed convolution, whose class a parametrization may have changed."""
-    return next((f for kind, f in _TRANSPOSED.items() if isinstance(conv, kind)), None)
+def applies(conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor) -> bool:
+    """Whether they can be one; without a batch, ``bn`` has something to say."""
+    rank = len(cast(tuple[int, ...], conv.kernel_size)) + 2
+    return input.dim() == rank and is_normalized_by(conv, bn)
 
 
 def _factor_of_transposed(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
@@ -80,7 +81,7 @@ def fold(conv: nn.Module, sources: Sources) -> tuple[Tensor, Tensor]:
         bias = torch.addcmul(bn_bias.to(dtype), mean, scale, value=-1)
     else:
         bias = -mean * scale
-    if _transposed(conv):
+    if type(conv) in _TRANSPOSED:
         factor = _factor_of_transposed(weight, scale, conv.groups)  # type: ignore[arg-type]
     else:
         factor = scale.reshape([-1] + [1] * (weight.dim() - 1))
@@ -92,36 +93,26 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
-def _is_trained(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
+def is_trained(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
     """Whether a gradient is wanted of what would be folded."""
     parameters = (*conv.parameters(), *bn.parameters())
     return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
 
-#: What is yet to be done to the output of a convolution: nothing, add a bias, or normalize.
-Rest = Tensor | _FrozenBatchNorm | None
-
-
 def convolve(
-    conv: nn.Module, bn: _FrozenBatchNorm, input: Tensor, another_pass: bool
-) -> tuple[Tensor, Rest]:
-    """``bn(conv(input))`` by one convolution, but for an activation that ``bn`` has.
+    conv: nn.Module, statistics: Statistics, input: Tensor, bias_later: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``bn(conv(input))`` by one convolution. With ``bias_later`` the second result has yet to be
+    added: a kernel that passes over the output anyway does so for nothing, where cuDNN's
+    convolutions are followed by another pass.
 
     Nothing is kept from call to call: the vectors and weights are written to by too many, and in
     too many ways, to notice it.
-
-    With ``another_pass`` over the output to come, which has an activation or a sum to do, that pass
-    can take the rest: the bias, where cuDNN's convolutions are followed by another pass; or, where
-    the weight is not trained, the whole layer, and then the weight is not even read.
     """
-    rank = len(conv.kernel_size)  # type: ignore[arg-type]
-    if input.dim() != rank + 2:  # no batch: ``bn`` has something to say
-        return bn.normalize(conv(input), None, None, 0.0, False), None
-    if another_pass and has_kernels(input) and not _is_trained(conv, bn):
-        return conv(input), bn
-    weight, bias = fold(conv, Sources.of(conv, bn))
-    own, later = (None, bias) if another_pass else (bias.to(weight.dtype), None)
-    transposed = _transposed(conv)
+    source, own = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
+    weight, bias = fold(conv, Sources(source, own, statistics))
+    own, later = (None, bias) if bias_later else (bias.to(weight.dtype), None)
+    transposed = _TRANSPOSED.get(type(conv))
     if transposed is None:
         return conv._conv_forward(input, weight, own), later  # type: ignore[operator]
     geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation

@@ -1,0 +1,469 @@
+"""What rewritten methods call: steps that look at what is there when they run, and do the work of
+several layers by one kernel where they can; otherwise they call them one after the other.
+
+A step may be given, and return, what is pending: a convolution, or a batch normalization that waits
+for what follows. ``rewrite`` makes sure that nothing else sees it, and that what it is made of does
+not change in between.
+
+To merge another layer (say, batch normalization + max pool): give its class a handler in
+``_learn``, as ``_activate`` is that of activations, and have ``_kernel`` call a kernel for it.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.modules import module as internals
+from torch.utils._device import DeviceContext
+
+from .. import activations
+from ..checks import ACTIVATIONS, SMOOTH, Statistics
+from ..functional import _functorch_active, _tracing_state, has_kernels, launch
+from ..functional import activate as activate_sum
+from ..modules import _FrozenBatchNorm
+from ..pair import frozen_batch_norm_pair
+from . import fold
+
+_CONVOLUTIONS: dict[type, Any] = {
+    nn.Conv1d: torch.conv1d,
+    nn.Conv2d: torch.conv2d,
+    nn.Conv3d: torch.conv3d,
+    nn.ConvTranspose1d: None,
+    nn.ConvTranspose2d: None,
+    nn.ConvTranspose3d: None,
+}
+_SMOOTH = {ACTIVATIONS[code] for code in SMOOTH}
+_module_call = nn.Module.__call__
+_hooks, _pre_hooks = internals._global_forward_hooks, internals._global_forward_pre_hooks
+_backward_hooks = internals._global_backward_hooks
+_backward_pre_hooks = internals._global_backward_pre_hooks
+_modes = torch._C._len_torch_function_stack
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+
+
+class Merge(NamedTuple):
+    """What one computation did, for summary()."""
+
+    layer: _FrozenBatchNorm
+    added: str  # "", "add", "two branches"
+    activation: str | None
+    conv: nn.Module | None
+    folded: bool
+    in_place: bool
+
+
+#: Told of every Merge, while summary() runs a model.
+recorders: list[Callable[[Merge], None]] = []
+
+
+class Convolution:
+    """A convolution of ``input``; with ``output``, one that has been run. Nothing else has the
+    output, unless ``conv`` is None."""
+
+    __slots__ = ("conv", "input", "output")
+
+    conv: Any
+    input: Any
+    output: Any
+
+
+class Normalized:
+    """``bn(input) + other``, until ``output`` is there. With ``conv``, nothing else has ``input``.
+    ``folded``, ``input`` is that of the convolution until ``bias`` is there, then its output but
+    for that."""
+
+    bias: Tensor | None
+    bn: _FrozenBatchNorm
+    conv: Any
+    folded: bool
+    grad: bool
+    inference: bool
+    input: Any
+    other: Any
+    output: Any
+    vectors: tuple[Any, Any, Any, Any]
+
+    __slots__ = tuple(__annotations__)
+
+
+# Who sees each call
+
+
+def watched() -> bool:
+    """Whether somebody sees each call, so that none may be left out."""
+    return bool(
+        _functorch_active()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or nn.Module.__call__ is not _module_call
+        or _hooks
+        or _pre_hooks
+        or _backward_hooks
+        or _backward_pre_hooks
+        or (_modes() and _other_modes())
+    )
+
+
+def _other_modes() -> bool:
+    """Than those that only tell where new tensors are made."""
+    modes = map(torch._C._get_function_stack_at, range(_modes()))
+    return any(type(mode) is not DeviceContext for mode in modes)
+
+
+def aside(now: object, written: object) -> bool:
+    """Whether a class's own method has to run: it is another by ``now``, or a compiler sees it."""
+    return now is not written or _is_compiling()
+
+
+class _Kind(NamedTuple):
+    handler: Callable[..., Any] | None
+    forward: object = None  # the class's, when this was learnt
+
+
+_kinds: dict[type, _Kind] = {}
+
+
+def _learn(kind: type) -> _Kind:
+    """What is done with objects of a class."""
+    found, forward = _Kind(None), getattr(kind, "forward", None)
+    if kind in (types.FunctionType, types.BuiltinFunctionType):
+        found = _Kind(_function)
+    elif kind is types.MethodType:
+        found = _Kind(_method)
+    elif is_convolution(kind):
+        found = _Kind(_convolve, forward)
+    elif _is_frozen(kind):
+        found = _Kind(_normalize, forward)
+    elif issubclass(kind, nn.Module) and activations.is_known(kind):
+        found = _Kind(_activate, forward)
+    elif is_sequential(kind):
+        found = _Kind(sequence, forward)
+    if len(_kinds) > 1000:  # classes made on the fly
+        _kinds.clear()
+    return _kinds.setdefault(kind, found)
+
+
+def is_convolution(kind: type) -> bool:
+    """Whether it is one of torch's classes, or computes what that does."""
+    base: Any = next((base for base in kind.__mro__ if base in _CONVOLUTIONS), None)
+    names = ("forward", "_conv_forward", "_output_padding")
+    return base is not None and all(
+        getattr(kind, name, None) is getattr(base, name, None) for name in names
+    )
+
+
+def _is_frozen(kind: Any) -> bool:
+    """Whether it is one of this package's classes, or computes what that does."""
+    if not issubclass(kind, _FrozenBatchNorm):
+        return False
+    names = ("forward", "normalize", "check_rank", "_vectors")
+    own = all(getattr(kind, name) is getattr(_FrozenBatchNorm, name) for name in names)
+    vectors = (getattr(kind, name, None) for name in fold.VECTORS)
+    return own and not any(isinstance(vector, property) for vector in vectors)
+
+
+def is_sequential(kind: Any) -> bool:
+    """Whether calling it is calling its children one after the other, and nothing else."""
+    forward = getattr(kind, "forward", None)
+    return (
+        issubclass(kind, nn.Sequential)
+        and getattr(forward, "written", forward) is nn.Sequential.forward
+        and kind.__iter__ is nn.Sequential.__iter__
+    )
+
+
+# Steps
+
+
+def call(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """``f(x, ...)``; may be given and return what is pending."""
+    kind = type(f)
+    handler, forward = _kinds.get(kind) or _learn(kind)
+    if handler is None:
+        return f(value(x), *args, **kwargs)
+    if forward is None:
+        return handler(f, x, args, kwargs)
+    d = f.__dict__
+    if (
+        args
+        or kwargs
+        or kind.forward is not forward
+        or d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+        or d.get("_compiled_call_impl") is not None
+        or watched()
+    ):
+        return f(value(x), *args, **kwargs)
+    return handler(f, x)
+
+
+def value(x: Any) -> Any:
+    """``x``, computed if it is pending. From now on others may have it."""
+    kind = type(x)
+    if kind is Normalized:
+        return _compute(x)
+    if kind is Convolution:
+        output = _convolved(x)
+        x.conv = None
+        return output
+    return x
+
+
+def settle(x: Any) -> Any:
+    """``x``, computed as far as it rests on what others may change before the next step."""
+    kind = type(x)
+    if kind is Convolution:
+        _convolved(x)
+    elif kind is Normalized and x.output is None:
+        other = x.other
+        if x.conv is None or not (other is None or (type(other) is Normalized and other.conv)):
+            _compute(x)
+        elif x.folded:
+            _unfold(x)
+    return x
+
+
+def add(a: Any, b: Any, function: Any = operator.add) -> Any:
+    """``function(a, b)``, which is a sum, unless it has been replaced."""
+    if function is operator.add or function is torch.add:
+        if _takes(a, b):
+            return a
+        if _takes(b, a):
+            return b
+    return function(value(a), value(b))
+
+
+def iadd(a: Any, b: Any) -> Any:
+    """What ``a`` is after ``a += b``."""
+    return a if _takes(a, b) else operator.iadd(value(a), value(b))
+
+
+def method(x: Any, name: str, *args: Any) -> Any:
+    """``x.name(...)``, of an activation or a sum."""
+    if name == "add":
+        return x if _takes(x, args[0]) else args[0] if _takes(args[0], x) else value(x).add(
+            value(args[0])
+        )
+    if name == "add_":
+        return x if _takes(x, args[0]) else value(x).add_(value(args[0]))
+    if _waits(x):
+        found = activations.of_call(name, (x,), {})
+        if found is not None:
+            return _compute(x, *found)
+    return getattr(value(x), name)()
+
+
+# Kinds of what is called
+
+
+def _function(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
+    if _waits(x):
+        found = activations.of_call(f, (x, *args), kwargs)
+        if found is not None and not watched():
+            return _compute(x, *found)
+    pending = getattr(f, "pending", f) if type(f) is types.FunctionType else f
+    return pending(value(x), *args, **kwargs)
+
+
+def _method(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
+    pending = getattr(f.__func__, "pending", None)
+    if pending is None:
+        return f(value(x), *args, **kwargs)
+    return pending(f.__self__, value(x), *args, **kwargs)
+
+
+def _convolve(conv: Any, x: Any) -> Any:
+    x = value(x)
+    if type(x) is not Tensor:
+        return conv(x)
+    c = Convolution()
+    c.conv, c.input, c.output = conv, x, None
+    return c
+
+
+def _convolved(c: Convolution) -> Any:
+    if c.output is None:
+        c.output, c.input = _run(c.conv, c.input), None
+    return c.output
+
+
+def _run(conv: Any, input: Any) -> Any:
+    """``conv(input)``, where nothing is hooked to it."""
+    d = conv.__dict__
+    function, parameters = _CONVOLUTIONS.get(type(conv)), d["_parameters"]
+    weight = parameters.get("weight")
+    if function is None or type(weight) is not Parameter or d["padding_mode"] != "zeros":
+        return conv(input)
+    options = d["stride"], d["padding"], d["dilation"], d["groups"]
+    return function(input, weight, parameters.get("bias"), *options)
+
+
+def _normalize(bn: Any, x: Any) -> Any:
+    d = bn.__dict__
+    conv, folded = None, False
+    if type(x) is Convolution and x.conv is not None:
+        conv = x.conv
+        folded = d.get("fold_conv") and x.output is None and fold.applies(conv, bn, x.input)
+        input = x.input if folded else _convolved(x)
+    else:
+        input = value(x)
+    vectors = bn._vectors()
+    if d["inplace"] or not (folded or _fits(input, bn._ranks, vectors)):
+        return bn(_convolved(x) if folded else input)
+    n = Normalized()
+    n.bn, n.vectors, n.conv, n.folded = bn, vectors, conv, folded
+    n.input = input
+    n.other = n.output = n.bias = None
+    n.grad, n.inference = _grad_enabled(), _inference()
+    if d["activation"] is not None:
+        _compute(n, d["activation"], d["negative_slope"])
+    return n
+
+
+_VECTOR = {Tensor, Parameter, type(None)}
+
+
+def _fits(input: Any, ranks: tuple[int, ...], vectors: tuple[Any, ...]) -> bool:
+    """Whether there is nothing to complain about."""
+    if type(input) is not Tensor:
+        return False
+    mean, var, weight, bias = vectors
+    rank = input.dim()
+    return (
+        (rank in ranks if ranks else rank > 1)
+        and type(mean) is Tensor
+        and type(var) is Tensor
+        and type(weight) in _VECTOR
+        and type(bias) in _VECTOR
+        and input.size(1) == mean.numel()
+        and input.is_floating_point()
+    )
+
+
+def _activate(f: Any, x: Any) -> Any:
+    """An activation, or an identity."""
+    if type(x) is Normalized and _waits(x):
+        found = activations.of_module(f)
+        if found is not None:
+            return x if found.name is None else _compute(x, *found)
+    elif type(x) is Convolution and type(f) is nn.Identity:
+        return x
+    return f(value(x))
+
+
+def sequence(modules: Any, x: Any) -> Any:
+    """What ``nn.Sequential`` does."""
+    for module in modules._modules.values():
+        x = call(module, x)
+    return x
+
+
+# Sums and kernels
+
+
+def _waits(x: Any) -> bool:
+    """Whether more can be done by the computation of ``x``."""
+    return (
+        type(x) is Normalized
+        and x.output is None
+        and x.grad is _grad_enabled()
+        and x.inference is _inference()
+    )
+
+
+def _takes(n: Any, other: Any) -> bool:
+    """Whether ``n`` can add ``other``, and then does."""
+    if not _waits(n) or n.other is not None or n is other:
+        return False
+    if n.folded:
+        _unfold(n)
+    pair = (
+        _waits(other)
+        and other.other is None
+        and not (n.folded or other.folded or _trains(n) or _trains(other))
+    )
+    addend, x = other.input if pair else value(other), n.input
+    if type(addend) is not Tensor or addend.shape != x.shape:
+        return False
+    if addend.dtype != x.dtype or addend.device != x.device:
+        return False
+    n.other = other if pair else addend
+    return True
+
+
+def _trains(n: Normalized) -> bool:
+    return n.grad and any(v is not None and v.requires_grad for v in n.vectors[2:])
+
+
+def _statistics(n: Normalized) -> Statistics:
+    return Statistics(*n.vectors, n.bn.eps)
+
+
+def _unfold(n: Normalized) -> None:
+    """Runs the convolution, with the layer's scale in its weight; the bias is left to a later pass.
+    Where nothing of that is to be trained, that pass does it all for the same price."""
+    if n.bias is not None:
+        return
+    conv, n.folded = n.conv, fold.is_trained(n.conv, n.bn) or not has_kernels(n.input)
+    if n.folded:
+        n.input, n.bias = fold.convolve(conv, _statistics(n), n.input, True)
+    else:
+        n.input = _run(conv, n.input)
+
+
+def _compute(n: Normalized, activation: str | None = None, slope: float = 0.01) -> Any:
+    """The value of ``n``; an activation only of what waits."""
+    if n.output is None:
+        if n.grad is _grad_enabled() and n.inference is _inference():
+            n.output = _kernel(n, activation, slope)
+        else:  # a call in between changed it
+            with torch.inference_mode(n.inference), torch.set_grad_enabled(n.grad):
+                n.output = _kernel(n, activation, slope)
+        n.input = n.other = n.bias = n.conv = None
+    return n.output
+
+
+def _kernel(n: Normalized, activation: str | None, slope: float) -> Any:
+    """All that is pending, by one call."""
+    other, (mean, var, weight, bias) = n.other, n.vectors
+    folded = n.folded
+    if folded and (other is not None or activation is not None):
+        _unfold(n)
+    saved = n.grad and (activation in _SMOOTH or (weight is not None and weight.requires_grad))
+    in_place = n.conv is not None and not n.folded and not saved
+    if in_place and n.input.requires_grad and not n.grad:
+        in_place = False  # it would be a result that requires grad
+    if recorders:
+        _record(n, activation, folded, in_place and not folded)
+    if n.folded and n.bias is None:
+        return fold.convolve(n.conv, _statistics(n), n.input, False)[0]
+    if n.folded:
+        return activate_sum(n.input, n.bias, other, activation, slope)
+    if type(other) is Normalized:
+        branches = n.input, _statistics(n), other.input, _statistics(other)
+        options: dict[str, Any] = {"activation": activation, "negative_slope": slope}
+        return frozen_batch_norm_pair(*branches, **options, inplace=in_place)
+    return launch(n.input, n.vectors, n.bn.eps, activation, slope, other, in_place)
+
+
+def _record(n: Normalized, activation: str | None, folded: bool, in_place: bool) -> None:
+    other = n.other
+    pair = type(other) is Normalized
+    added = "two branches" if pair else "add" if other is not None else ""
+    merges = [Merge(n.bn, added, activation, n.conv, folded, in_place)]
+    if pair:
+        merges.append(Merge(other.bn, added, activation, other.conv, False, other.conv is not None))
+    for recorder in recorders:
+        for merge in merges:
+            recorder(merge)
