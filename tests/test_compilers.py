@@ -134,6 +134,7 @@ def test_compile_by_inductor():
 # AOTInductor
 
 
+@pytest.mark.long
 def test_aotinductor_package(tmp_path):
     net = small_network(fold_conv=True).eval()
     with torch.no_grad():
