@@ -44,7 +44,7 @@ __device__ inline Channel find_channel(const BackwardParams& p, int64_t channel,
 
 // One channel's values of the vectors.
 struct Vectors {
-  float mean, var, weight = 1, bias = 0;
+  float mean = 0, var = 0, weight = 1, bias = 0;
 
   __device__ Vectors(const BranchVectors& v, int64_t channel) {
     if (v.all_float) {
