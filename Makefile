@@ -26,7 +26,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export FROZEN_BN_CUDA_ARCHS ?= one
 
 RUN   := $(VENV)/bin/python
-PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported; pip would compile all of it, in most of its time.
+PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
@@ -49,7 +50,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(RUN) -m pip install --verbose --disable-pip-version-check --no-build-isolation \
+	$(RUN) -m pip install --verbose --disable-pip-version-check --no-compile --no-build-isolation \
 		--editable '.[test,benchmark,dev]' 2>&1 | tee $(VENV)/build.log | $(PROGRESS)
 	$(RUN) -m frozen_bn
 	touch $@
@@ -106,7 +107,7 @@ wheel: test-sdist test-wheel-cpu test-wheel-same test-wheel-oldest
 
 .venv-%/.torch:
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet $(TORCH_$*) numpy pytest pytest-xdist hypothesis expecttest
+	.venv-$*/bin/python -m pip install --quiet --no-compile $(TORCH_$*) numpy pytest pytest-xdist hypothesis expecttest
 	touch $@
 
 # What is compiled under another torch than here.
@@ -114,7 +115,7 @@ test-sdist: dist .venv-cpu/.torch
 	.venv-cpu/bin/python -m pip install --quiet --upgrade setuptools ninja pybind11
 	.venv-cpu/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall dist/*.tar.gz
 	.venv-cpu/bin/python -P -m frozen_bn
-	.venv-cpu/bin/python -P -m pytest tests/test_modules.py tests/test_operators.py
+	OMP_NUM_THREADS=1 .venv-cpu/bin/python -P -m pytest tests/test_modules.py tests/test_operators.py
 
 # All tests but of the emulated kernels, which are compiled from the sources; or just WHEEL_TESTS.
 WHEEL_TESTS ?= tests

@@ -47,6 +47,14 @@ CONVERSIONS: dict[str, dict[str, bool]] = {
     }.items()
 }
 EVERY_CONVERSION = pytest.mark.parametrize("options", CONVERSIONS.values(), ids=CONVERSIONS)
+#: The same; those with a trained affine are marked `long`, for compilers that take seconds.
+ONE_A_KIND = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=() if options["freeze_affine"] else pytest.mark.long)
+        for name, options in CONVERSIONS.items()
+    ],
+)
 
 
 def live_network(seed: int = 0) -> nn.Sequential:

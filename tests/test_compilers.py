@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import calm_, merged, randomize_
 from layers import EVERY_LAYER, C, assert_equals, layer, maps
-from nets import EVERY_CONVERSION, images, network
+from nets import EVERY_CONVERSION, ONE_A_KIND, images, network
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -48,7 +48,7 @@ def test_compile_a_network_once_for_many_steps(options, counter):
     assert counter.frame_count == 1
 
 
-@EVERY_CONVERSION
+@ONE_A_KIND
 def test_compile_for_inference(options, counter):
     """Where fold_conv keeps folded weights from call to call; and a change of theirs is seen."""
     net = network(**options).eval()
@@ -72,7 +72,7 @@ def test_compile_a_layer_for_every_shape(options, counter):
     assert counter.frame_count == 0
 
 
-@EVERY_CONVERSION
+@ONE_A_KIND
 def test_compile_a_network_for_every_shape(options, counter):
     net = network(**options)
     compiled = torch.compile(net, fullgraph=True, backend=counter, dynamic=True)
@@ -98,7 +98,7 @@ def test_compile_in_half_precision(dtype, counter):
     assert_equals(torch.compile(net, fullgraph=True, backend=counter), net, x, r, tolerance=1e-2)
 
 
-@EVERY_CONVERSION
+@ONE_A_KIND
 def test_compile_under_autocast(options, counter):
     net = network(**options)
     compiled = torch.compile(net, fullgraph=True, backend=counter)
@@ -134,6 +134,7 @@ def test_compile_by_inductor():
 # AOTInductor
 
 
+@pytest.mark.long
 def test_aotinductor_package(tmp_path):
     net = small_network(fold_conv=True).eval()
     with torch.no_grad():

@@ -62,7 +62,7 @@ MODELS = [
     pytest.param(resnet50, (2, 3, 64, 64), id="resnet50"),
     pytest.param(mobilenet_v3, (2, 3, 64, 64), id="mobilenet_v3_large"),
     pytest.param(r3d_18, (2, 3, 4, 32, 32), id="r3d_18"),
-    pytest.param(faster_rcnn, None, id="faster_rcnn"),
+    pytest.param(faster_rcnn, None, id="faster_rcnn", marks=pytest.mark.long),
     pytest.param(faster_rcnn_on_a_frozen_backbone, None, id="faster_rcnn-frozen"),
     pytest.param(timm_mobilenet, (2, 3, 64, 64), id="timm_mobilenetv3_small"),
 ]
@@ -132,6 +132,7 @@ def test_a_whole_model_computes_what_it_did_with_the_same_gradients(make, shape)
     assert any(name.endswith("weight") and value.any() for name, value in expected[1].items())
 
 
+@pytest.mark.long_emulated
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("make", "shape"), MODELS)
 def test_a_whole_model_has_no_batch_norm_left_and_round_trips(make, shape):

@@ -26,7 +26,17 @@ WAYS = {
 }
 
 
-every_case = pytest.mark.parametrize("name", CASES)
+#: One of a kind; the others are marked `long`.
+SOON = (
+    "torchvision-faster_rcnn",
+    "timm-mobilenetv3",
+    "transformers-detr-timm",
+    "transformers-rt_detr",
+    "smp-resnet18",
+)
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SOON else pytest.mark.long) for name in CASES]
+)
 every_way = pytest.mark.parametrize("way", WAYS)
 
 

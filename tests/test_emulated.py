@@ -28,10 +28,20 @@ SHAPES = [
 
 SOURCES = Path(__file__).parent / "emulator"
 
-kinds = pytest.mark.parametrize(
-    ("dtype", "channels_last"),
-    [(d, c) for d in (torch.float32, torch.float16, torch.bfloat16) for c in (False, True)],
-    ids=lambda value: {True: "channels_last", False: "contiguous"}.get(value, str(value)),
+KINDS = [(d, c) for d in (torch.float32, torch.float16, torch.bfloat16) for c in (False, True)]
+
+
+def parametrize_kinds(kinds: list) -> pytest.MarkDecorator:
+    names = {True: "channels_last", False: "contiguous"}
+    return pytest.mark.parametrize(
+        ("dtype", "channels_last"), kinds, ids=lambda value: names.get(value, str(value))
+    )
+
+
+kinds = parametrize_kinds(KINDS)
+#: bfloat16 and float16 differ in how they are converted, and in nothing else: later.
+kinds_soon = parametrize_kinds(
+    [pytest.param(*k, marks=pytest.mark.long if k[0] == torch.bfloat16 else ()) for k in KINDS]
 )
 #: One a variant soon (in channels_last it is periodic), the others where time does not matter.
 shapes = pytest.mark.parametrize(
@@ -78,7 +88,7 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @shapes
-@kinds
+@kinds_soon
 @activations
 def test_results_do_not_depend_on_the_order_of_the_warps(shape, dtype, channels_last, activation):
     emulator = the_emulator()
@@ -92,7 +102,7 @@ def test_results_do_not_depend_on_the_order_of_the_warps(shape, dtype, channels_
 
 
 @shapes
-@kinds
+@kinds_soon
 @activations
 def test_64_bit_arithmetic_gives_the_same(shape, dtype, channels_last, activation):
     arguments = (shape, dtype, channels_last, activation)
@@ -118,7 +128,7 @@ def test_misaligned_views_give_the_same(shape, dtype, channels_last, offset):
         torch.testing.assert_close(a, e)
 
 
-@kinds
+@kinds_soon
 @pytest.mark.parametrize(
     "shape", [(9, 64, 20, 20), pytest.param((2, 520, 9, 9), marks=pytest.mark.long)], ids=str
 )
@@ -138,7 +148,7 @@ def test_a_small_device_walks_long_columns(shape, dtype, channels_last):
 
 
 @shapes
-@kinds
+@kinds_soon
 def test_gradients_are_repeatable_bit_by_bit(shape, dtype, channels_last):
     arguments = (the_emulator(), shape, dtype, channels_last, "relu")
     assert_same_bits(output_and_gradients(*arguments), output_and_gradients(*arguments))

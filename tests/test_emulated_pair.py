@@ -14,9 +14,15 @@ from frozen_bn.pair import frozen_batch_norm_pair
 
 # Planar with runs inside and across tiles, periodic with one column and many, and tails of both.
 SHAPES = [(2, 64, 7, 7), (1, 8, 25, 38), (2, 3, 65, 67), (3, 37, 2, 2), (5, 2048, 1, 1)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: bfloat16 and float16 differ in how they are converted, and in nothing else: later.
 kinds = pytest.mark.parametrize(
     ("dtype", "channels_last"),
-    [(d, c) for d in (torch.float32, torch.float16, torch.bfloat16) for c in (False, True)],
+    [
+        pytest.param(d, c, marks=pytest.mark.long if d == torch.bfloat16 else ())
+        for d in DTYPES
+        for c in (False, True)
+    ],
     ids=lambda value: {True: "channels_last", False: "contiguous"}.get(value, str(value)),
 )
 #: One a variant soon (in channels_last it is periodic), the others where time does not matter.

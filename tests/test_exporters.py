@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from layers import EVERY_LAYER, C, assert_equals, layer, maps
-from nets import EVERY_CONVERSION, IMAGES, images, network
+from nets import EVERY_CONVERSION, IMAGES, ONE_A_KIND, images, network
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -57,7 +57,7 @@ def test_export_a_layer(options, strict):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@EVERY_CONVERSION
+@ONE_A_KIND
 def test_export_a_network(options, strict):
     net = network(**options)
     batch = torch.export.Dim("batch", min=2)
@@ -93,8 +93,10 @@ def test_onnx_of_a_layer(options, dtype, tmp_path):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@EVERY_CONVERSION
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.long)]
+)
+@ONE_A_KIND
 def test_onnx_of_a_network(options, dtype, tmp_path):
     net, x = network(**options).to(dtype).eval(), images().to(dtype)
     actual = run_onnx(net, (x,), tmp_path / "network.onnx")
@@ -141,7 +143,7 @@ def test_make_fx_of_a_layer_and_its_gradients(options, mode):
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-@EVERY_CONVERSION
+@ONE_A_KIND
 def test_make_fx_of_a_network(options, mode):
     net = network(**options)
     state = net.state_dict()

@@ -128,6 +128,10 @@ def model_param(make, name: str, id: str):
     return pytest.param(make, name, id=id, marks=() if name in SOON else pytest.mark.long)
 
 
+def later(value: object):
+    return pytest.param(value, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [model_param(from_torchvision, name, name) for name in TORCHVISION]
@@ -145,13 +149,13 @@ def test_stochastic_depth_draws_the_same():
     assert_fusing_changes_nothing(net, image(), tolerance=1e-9)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet18", later("mobilenet_v3_small")])
 def test_trainable_affine(name):
     net = frozen(lambda: from_torchvision(name), freeze_affine=False)
     assert_fusing_changes_nothing(net, image(), tolerance=1e-9)
 
 
-@pytest.mark.parametrize("freeze_affine", [True, False])
+@pytest.mark.parametrize("freeze_affine", [True, later(False)])
 def test_float32(freeze_affine):
     """Of a smooth network: at the kink of a ReLU, rounding decides."""
     net = frozen(lambda: from_torchvision("efficientnet_b0"), torch.float32, freeze_affine)
@@ -168,7 +172,7 @@ def test_summary_of_resnet50():
     )
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", later("maskrcnn_resnet50_fpn")])
 def test_detection(name):
     options = dict(weights_backbone=None, num_classes=5, min_size=64, max_size=96)
     net = frozen(lambda: from_torchvision(name, **options))
@@ -184,7 +188,7 @@ def test_detection(name):
     torch.testing.assert_close(*detections)
 
 
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize("name", [later("deeplabv3_resnet50"), "lraspp_mobilenet_v3_large"])
 def test_segmentation(name):
     net = frozen(lambda: from_torchvision(name, weights_backbone=None))
     assert_fusing_changes_nothing(net, image(64), tolerance=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import os
 import subprocess
@@ -227,6 +228,7 @@ def test_best_cpu_level_is_the_default():
     assert f"kernels, {CPU_LEVELS[-1]}\n" in run("-m", "frozen_bn")
 
 
+@functools.cache
 def run(*arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHONWARN")}
     done = subprocess.run(

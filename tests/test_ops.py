@@ -85,7 +85,15 @@ def gradients(function, leaves: list[Tensor], statistics, grad_output: Tensor, *
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", [(2, 37, 49), (3, 64, 4), (1, 8, 950), (2, 3, 60800)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 37, 49),
+        (3, 64, 4),
+        pytest.param((1, 8, 950), marks=pytest.mark.long_emulated),
+        pytest.param((2, 3, 60800), marks=pytest.mark.long_emulated),
+    ],
+)
 def test_gradients_agree_with_float64(
     shape, channels_last, dtype, activation, with_residual, device
 ):

@@ -110,7 +110,10 @@ def test_activations(channels_last, dtype, activation, device):
 @activations
 @dtypes
 @channels_last
-@pytest.mark.parametrize("shape", [(2, 37, 49), (3, 64, 4), (1, 8, 950)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 37, 49), (3, 64, 4), pytest.param((1, 8, 950), marks=pytest.mark.long_emulated)],
+)
 def test_gradients_agree_with_float64(shape, channels_last, dtype, activation, device):
     x, r = (make_input(*shape, dtype, channels_last) for _ in range(2))
     grad_output = make_input(*shape, dtype, not channels_last)

@@ -17,6 +17,7 @@ from exact import (
 from helpers import ACTIVATIONS, CPU_LEVELS, SMOOTH, make_generator, output_strides
 from torch import Tensor
 
+import frozen_bn
 from frozen_bn import frozen_batch_norm, reference
 from frozen_bn.functional import has_kernels
 
@@ -186,14 +187,29 @@ def exact_terms(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     return terms_of(tensors["input"], given, tensors.get("residual"))
 
 
-@pytest.mark.long_emulated
-@pytest.mark.every_cpu_level
-def test_arguments_that_nobody_would_think_of(device):
+def check_examples(most: int) -> None:
     settings = hypothesis.settings(
-        max_examples=750 if device in CPU_LEVELS else 75,
+        max_examples=most,
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         derandomize=True,
         database=None,
     )
     settings(hypothesis.given(cases())(check))()
+
+
+@pytest.mark.long_emulated
+@pytest.mark.every_cpu_level
+def test_arguments_that_nobody_would_think_of(device):
+    check_examples(150 if device in CPU_LEVELS else 75)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_many_arguments_that_nobody_would_think_of(level):
+    """The first of them are those above."""
+    frozen_bn._C.select_cpu_level(level)
+    try:
+        check_examples(750)
+    finally:
+        frozen_bn._C.select_cpu_level(CPU_LEVELS[-1])

@@ -66,8 +66,8 @@ def test_the_import_is_cheap():
         "import frozen_bn\n"
         "print(time.process_time() - start)"
     )
-    seconds = min(
+    tries = (
         float(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
         for _ in range(3)
     )
-    assert seconds < 0.1
+    assert any(seconds < 0.1 for seconds in tries)  # no more of them than it takes

@@ -257,7 +257,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("script", [SHARED, COLLECTIVE], ids=["shared memory", "collectives"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(SHARED, id="shared memory"),
+        pytest.param(COLLECTIVE, id="collectives", marks=pytest.mark.long),
+    ],
+)
 def test_another_process_writes(script, tmp_path):
     path = tmp_path / "script.py"
     path.write_text(HEAD.format(path=[str(Path(__file__).parent), *sys.path]) + script)

@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 from helpers import ACTIVATIONS, assert_close_in_norm, calm_, outputs_and_gradients, randomize_
-from nets import EVERY_CONVERSION, IMAGES, images, network
+from nets import IMAGES, ONE_A_KIND, images, network
 from torch import Tensor, nn
 
 import frozen_bn
@@ -171,6 +171,7 @@ def test_script_resnet18():
     assert_close_in_norm(actual, expected, 1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:RCNN always returns:UserWarning")
 def test_script_a_detector():
     """Losses with their gradients, and detections."""
@@ -222,7 +223,7 @@ def test_trace_a_layer(freeze_affine, inplace):
             assert_equals_eager(module, layer, *torch.randn(2, 3, C, size, 2))
 
 
-@EVERY_CONVERSION
+@ONE_A_KIND
 def test_trace_a_network(options):
     net = network(**options)
     traced = torch.jit.trace(net, images())

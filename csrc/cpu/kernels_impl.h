@@ -370,6 +370,13 @@ void dispatch(Dtype dtype, F f) {
   }
 }
 
+// Of a pair. Told apart pack by pack, silu would be up to a tenth slower.
+template <class F>
+void dispatch_of_pair(Activation activation, F f) {
+  if (activation == Activation::kSilu) return f(ActivationConstant<Activation::kSilu>{});
+  dispatch_common(activation, f);
+}
+
 void coefficients(Dtype dtype, const CoefficientParams& p) {
   dispatch(dtype, [&](auto storage) { compute_coefficients<acc_t<decltype(storage)>>(p); });
 }
@@ -378,7 +385,7 @@ void forward(Dtype dtype, const ForwardParams& p, int64_t begin, int64_t end) {
   dispatch(dtype, [&](auto storage) {
     using S = decltype(storage);
     if (p.coefficients.pair) {
-      dispatch_common(p.activation, [&](auto act) { forward_range<S, act, true>(p, begin, end); });
+      dispatch_of_pair(p.activation, [&](auto act) { forward_range<S, act, true>(p, begin, end); });
     } else {
       dispatch_activation(
           p.activation, [&](auto act) { forward_range<S, act, false>(p, begin, end); });
@@ -393,7 +400,7 @@ void backward(
     using S = decltype(storage);
     if (p.coefficients.pair) {
       NoSums none;
-      dispatch_common(
+      dispatch_of_pair(
           kind, [&](auto act) { traverse_backward<S, act, true>(p, begin, end, none); });
     } else {
       dispatch_gradient(kind, [&](auto act) { backward_range<S, act>(p, begin, end, totals); });

@@ -44,13 +44,27 @@ __device__ inline Channel find_channel(const BackwardParams& p, int64_t channel,
 
 // One channel's values of the vectors.
 struct Vectors {
-  float mean, var, weight = 1, bias = 0;
+  float mean = 0, var = 0, weight = 1, bias = 0;
 
-  template <class Load>
-  __device__ Vectors(const BranchVectors& v, int64_t channel, Load load)
-      : mean(load(v.mean, channel)), var(load(v.var, channel)) {
-    if (v.weight.data) weight = load(v.weight, channel);
-    if (v.bias.data) bias = load(v.bias, channel);
+  __device__ Vectors(const BranchVectors& v, int64_t channel) {
+    if (v.all_float) {
+      mean = load_float(v.mean, channel);
+      var = load_float(v.var, channel);
+      if (v.weight.data) weight = load_float(v.weight, channel);
+      if (v.bias.data) bias = load_float(v.bias, channel);
+      return;
+    }
+    // One after the other: unrolled, it is four times as much to compile.
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      const ChannelVector& vector = i == 0 ? v.mean : i == 1 ? v.var : i == 2 ? v.weight : v.bias;
+      if (!vector.data) continue;
+      const float value = load_channel(vector, channel);
+      if (i == 0) mean = value;
+      if (i == 1) var = value;
+      if (i == 2) weight = value;
+      if (i == 3) bias = value;
+    }
   }
 };
 
@@ -59,8 +73,7 @@ struct BranchChannel {
   float inv_std;
 
   __device__ BranchChannel(const BranchVectors& vectors, int64_t number) {
-    const Vectors v = vectors.all_float ? Vectors(vectors, number, load_float)
-                                        : Vectors(vectors, number, load_channel);
+    const Vectors v(vectors, number);
     const Scale scale(v.var, vectors.eps, v.weight);
     channel = {v.mean, scale.scale, v.bias};
     inv_std = scale.inv_std;
@@ -141,7 +154,7 @@ struct PlanarTable {
     return {found.x, found.y, found.z};
   }
   __device__ void put(uint32_t run, const Channel& found) {
-    channels[run] = {found.mean, found.scale, found.bias, 0};
+    channels[run] = {found.mean, found.scale, found.bias, found.bias};  // four for one access
   }
 };
 
@@ -175,13 +188,14 @@ struct PlanarChannels {
   }
 
   // In the warp, kTogether: where some packs have to go the longer way, and the two differ in
-  // little else, all had better go it, since a warp that parts goes both.
+  // little else, all had better go it, since a warp that parts goes both. Those of the last tile
+  // always do: they are few, and it is the half to compile.
   template <bool kTogether>
   static __device__ bool anywhere(bool crosses) {
     if constexpr (kTogether && std::is_same_v<At, WholePack>) {
       return __any_sync(~0u, crosses);
     } else {
-      return crosses;
+      return kTogether || crosses;
     }
   }
 };

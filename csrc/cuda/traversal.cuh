@@ -7,9 +7,20 @@
 namespace frozen_bn::cuda {
 namespace {
 
+// What the pack at `here`, the thread's k-th, needs of its channels.
+template <class Index, class Table, class At>
+__device__ PlanarChannels<Table, At> channels_of(
+    const Index& index, const Table& table, const Tile& tile, int k, At here) {
+  const uint32_t place = Tile::pack(k) * kPackSize + tile.skipped;
+  const uint32_t run = divide(place, index.by_tile_inner);
+  const uint32_t passed = place - run * index.tile_inner;
+  return {table, here, run, passed, index.tile_inner};
+}
+
 // `at(k)`: where the thread's k-th pack is.
 template <class Inputs, int kInFlight, class Params, class Table, class At, class Body>
-__device__ void traverse_tile(const Params& p, Table& table, const Tile& tile, At at, Body body) {
+__device__ void traverse_whole_tile(
+    const Params& p, Table& table, const Tile& tile, At at, Body body) {
 #pragma unroll
   for (int first = 0; first < kPacksPerThread; first += kInFlight) {
     Inputs inputs[kInFlight];
@@ -19,12 +30,21 @@ __device__ void traverse_tile(const Params& p, Table& table, const Tile& tile, A
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const auto here = at(first + k);
-      if (here.count == 0) continue;
-      const uint32_t place = Tile::pack(first + k) * kPackSize + tile.skipped;
-      const uint32_t run = divide(place, p.index.by_tile_inner);
-      const uint32_t passed = place - run * p.index.tile_inner;
-      body(here, inputs[k], PlanarChannels{table, here, run, passed, p.index.tile_inner});
+      body(here, inputs[k], channels_of(p.index, table, tile, first + k, here));
     }
+  }
+}
+
+// Likewise, but compiled for one pack: unrolled, it would be twice as much.
+template <class Inputs, class Params, class Table, class At, class Body>
+__device__ void traverse_any_tile(
+    const Params& p, Table& table, const Tile& tile, At at, Body body) {
+  fill(p, tile, table);
+#pragma unroll 1
+  for (int k = 0; k < kPacksPerThread; ++k) {
+    const AnyPack here = at(k);
+    if (here.count == 0) return;
+    body(here, Inputs(p, here), channels_of(p.index, table, tile, k, here));
   }
 }
 
@@ -35,7 +55,7 @@ __device__ Tile traverse_planar(const Params& p, Table& table, Body body) {
     const Tile tile(p.index, blockIdx.x, kTileSize);
     const int64_t first = int64_t{blockIdx.x} * kTilePacks + Tile::pack(0);
     const auto at = [&](int k) { return WholePack{{first + k * kThreads}}; };
-    traverse_tile<Inputs, kInFlight>(p, table, tile, at, body);
+    traverse_whole_tile<Inputs, kInFlight>(p, table, tile, at, body);
     return tile;
   }
   const int64_t rest = p.index.numel - int64_t{blockIdx.x} * kTileSize;
@@ -44,7 +64,7 @@ __device__ Tile traverse_planar(const Params& p, Table& table, Body body) {
     const auto left = static_cast<int32_t>(tile.size - Tile::pack(k) * kPackSize);
     return AnyPack(int64_t{blockIdx.x} * kTilePacks + Tile::pack(k), left, p.index.vector_access);
   };
-  traverse_tile<Inputs, 1>(p, table, tile, at, body);
+  traverse_any_tile<Inputs>(p, table, tile, at, body);
   return tile;
 }
 

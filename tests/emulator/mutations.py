@@ -44,7 +44,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wrong channel at a boundary", "cuda/channels.cuh",
-        "lane < split);", "lane <= split);",
+        "lane < split;", "lane <= split;",
     ),
     Mutation(
         "no barrier behind the table", "cuda/channels.cuh",
