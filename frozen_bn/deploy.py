@@ -25,7 +25,6 @@ from .fusion.steps import is_sequential
 from .modules import _FrozenBatchNorm
 from .recognise import is_batch_norm
 
-
 #: By frozen layer, the convolution before it, or why there is none to take.
 Found = dict[_FrozenBatchNorm, nn.Module | str]
 

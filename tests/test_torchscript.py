@@ -197,7 +197,7 @@ def test_script_a_detector():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@EVERY_CONVERSION
+@pytest.mark.parametrize("options", [{"fuse": True}, {"fold_conv": True}], ids=str)
 def test_script_a_network_that_is_fused_or_folded(options):
     """It compiles the methods that are written in the classes."""
     net, x = network(**options), images()

@@ -103,8 +103,11 @@ def _rewritten(written: type) -> tuple[dict[str, Rewritten], dict[str, str]]:
     reasons: dict[str, str] = {}
     for name, function in _methods(written):
         try:
-            found = _sequential(written) if function is nn.Sequential.forward else rewrite(
-                function, name, written, steps)
+            found = (
+                _sequential(written)
+                if function is nn.Sequential.forward
+                else rewrite(function, name, written, steps)
+            )
         except LeftAlone as reason:
             reasons[name] = str(reason)
             continue
@@ -117,13 +120,15 @@ def _rewritten(written: type) -> tuple[dict[str, Rewritten], dict[str, str]]:
 
 def _methods(written: type) -> Iterator[tuple[str, FunctionType]]:
     """Those of the user's classes; and what a Sequential does, if that is what it does."""
-    names = {n for k in written.__mro__ if not k.__module__.startswith("torch.nn.") for n in vars(k)}
+    names = {
+        n for k in written.__mro__ if not k.__module__.startswith("torch.nn.") for n in vars(k)
+    }
     names -= {*vars(nn.Module)} - {"forward"}
     for name in sorted(names | {"forward"}):
         function = next((vars(k)[name] for k in written.__mro__ if name in vars(k)), None)
-        if isinstance(function, FunctionType) and not name.startswith("__"):
-            if function is not nn.Sequential.forward or steps.is_sequential(written):
-                yield name, function
+        sequential = function is nn.Sequential.forward and not steps.is_sequential(written)
+        if isinstance(function, FunctionType) and not (name.startswith("__") or sequential):
+            yield name, function
 
 
 def _sequential(written: type) -> Rewritten:
@@ -201,9 +206,9 @@ def fuse(root: nn.Module, fold_conv: bool) -> None:
             frozen.update(dict.fromkeys(above))
     for module in frozen:
         written = type(module)
-        if not any("_frozen_bn" in vars(k) for k in written.__mro__):
-            if not isinstance(module, _FrozenBatchNorm) and _calls_frozen(module, written):
-                _change(module, written)
+        derived = any("_frozen_bn" in vars(kind) for kind in written.__mro__)
+        if not derived and _calls_frozen(module, written):
+            _change(module, written)
 
 
 def unfuse(root: nn.Module) -> None:

@@ -150,8 +150,11 @@ class _Run:
         self.env: dict[str, Nodes] = dict(zip(names, values, strict=False))
         inside = [*ast.walk(node)]
         self.locals = {part.arg for part in inside if isinstance(part, ast.arg)}
-        self.locals |= {part.id for part in inside if isinstance(part, ast.Name)
-                        and isinstance(part.ctx, ast.Store)}
+        self.locals |= {
+            part.id
+            for part in inside
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        }
         self.block(node.body)
 
     # What is there
@@ -179,7 +182,7 @@ class _Run:
         if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.args:
             inside = self.object(e.args[0])
             if e.func.id == "len" and isinstance(inside, nn.Module):
-                return len(inside)  # type: ignore[arg-type]
+                return len(inside._modules)
             if e.func.id == "getattr" and isinstance(inside, nn.Module):
                 name = self.object(e.args[1])
                 return getattr(inside, name, None) if name is not UNKNOWN else self._any(inside)
@@ -190,7 +193,7 @@ class _Run:
             return UNKNOWN
         if index is UNKNOWN and isinstance(inside, nn.Module):
             return self._any(inside)
-        return inside[index] if index is not UNKNOWN else UNKNOWN  # type: ignore[index]
+        return inside[index] if index is not UNKNOWN else UNKNOWN
 
     def _any(self, holder: nn.Module) -> Any:
         """One of those held, nobody knows which."""
@@ -210,12 +213,15 @@ class _Run:
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
             a, b = self.object(test.left), self.object(test.comparators[0])
             compare = _COMPARISONS.get(type(test.ops[0]))
-            plain = all(v is None or isinstance(v, bool | int | float | str | nn.Module)
-                        for v in (a, b))
+            plain = all(
+                v is None or isinstance(v, bool | int | float | str | nn.Module) for v in (a, b)
+            )
             return bool(compare(a, b)) if plain and compare else None
         found = self.object(test)
         plain = found is None or isinstance(found, bool | int | float | str | nn.Module)
-        return found is not None and (isinstance(found, nn.Module) or bool(found)) if plain else None
+        return (
+            found is not None and (isinstance(found, nn.Module) or bool(found)) if plain else None
+        )
 
     # Expressions
 
@@ -232,12 +238,15 @@ class _Run:
         if isinstance(e, ast.Name):
             return self.env.get(e.id, _NONE)
         if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add):
-            if all(self.object(p) is UNKNOWN or isinstance(p, ast.Name) for p in (e.left, e.right)):
-                return self.sum(self.value(e.left), self.value(e.right))
+            operands = self.value(e.left), self.value(e.right)
+            if not any(isinstance(self.object(p), int | float) for p in (e.left, e.right)):
+                return self.sum(*operands)
+            self.uses.use(operands[0] | operands[1], None)
+            return _NONE
         if isinstance(e, ast.IfExp):
             self.read(e.test)
-            known = self.decide(e.test)
-            bodies = [b for b, way in ((e.body, True), (e.orelse, False)) if known in (None, way)]
+            way = self.decide(e.test)
+            bodies = [b for b, w in ((e.body, True), (e.orelse, False)) if way in (None, w)]
             return frozenset().union(*map(self.value, bodies))
         if isinstance(e, ast.NamedExpr):
             self.env[e.target.id] = value = self.value(e.value)
@@ -278,8 +287,11 @@ class _Run:
         if (f is torch.add or (f is UNKNOWN and attribute in ("add", "add_"))) and not e.keywords:
             operands = args if f is torch.add else [e.func.value, *args]  # type: ignore[attr-defined]
             if len(operands) == 2:
-                return self.sum(*map(self.value, operands), into=attribute == "add_")
-        known = activations.of_call(attribute if f is UNKNOWN else f, (), {}) if _hashable(f) else None
+                a, b = map(self.value, operands)
+                return self.sum(a, b, into=attribute == "add_")
+        known = (
+            activations.of_call(attribute if f is UNKNOWN else f, (), {}) if _hashable(f) else None
+        )
         if known and known.name:
             named = [keyword.value for keyword in e.keywords[:1] if keyword.arg == "input"]
             operand = [*args, *named, e.func.value][0] if f is not UNKNOWN else e.func.value  # type: ignore[attr-defined]
@@ -328,8 +340,10 @@ class _Run:
             self.env = dict(before)
             self.block(body)
             ends.append(self.env)
-        self.env = {n: frozenset().union(*(end.get(n, _NONE) for end in ends))
-                    for n in {n for end in ends for n in end}}
+        self.env = {
+            n: frozenset().union(*(end.get(n, _NONE) for end in ends))
+            for n in {n for end in ends for n in end}
+        }
 
     def statement(self, s: ast.stmt) -> None:
         if isinstance(s, ast.Assign) and len(s.targets) == 1:
@@ -391,8 +405,10 @@ class _Run:
     def items(self, e: ast.expr) -> list[Any]:
         """What a loop over layers runs over."""
         if isinstance(e, ast.Tuple | ast.List):
-            return [tuple(map(self.object, x.elts)) if isinstance(x, ast.Tuple) else self.object(x)
-                    for x in e.elts]
+            return [
+                tuple(map(self.object, x.elts)) if isinstance(x, ast.Tuple) else self.object(x)
+                for x in e.elts
+            ]
         if isinstance(e, ast.Call):
             name = e.func.attr if isinstance(e.func, ast.Attribute) else getattr(e.func, "id", "")
             if name == "range":
@@ -409,8 +425,10 @@ class _Run:
                 return [*found._modules.items()]
             return []
         found = self.object(e)
-        held = any(isinstance(found, kind) and type(found).__iter__ is kind.__iter__
-                   for kind in (nn.ModuleList, nn.Sequential))
+        held = any(
+            isinstance(found, kind) and type(found).__iter__ is kind.__iter__
+            for kind in (nn.ModuleList, nn.Sequential)
+        )
         return [*found._modules.values()] if held else []
 
 

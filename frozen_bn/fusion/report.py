@@ -27,7 +27,11 @@ class Fate(NamedTuple):
 
 def _expected(layer: _FrozenBatchNorm, uses: Uses) -> Fate:
     conv = sole(uses.before.get(layer))
-    if not is_free(conv) or not steps.is_convolution(type(conv)) or sole(uses.behind.get(conv)) is not layer:
+    if (
+        not is_free(conv)
+        or not steps.is_convolution(type(conv))
+        or sole(uses.behind.get(conv)) is not layer
+    ):
         conv = None
     reader, added, activation = sole(uses.behind.get(layer)), "", layer.activation
     if isinstance(reader, Sum) and activation is None:
@@ -41,7 +45,11 @@ def _expected(layer: _FrozenBatchNorm, uses: Uses) -> Fate:
         added = "two branches" if paired else "add"
         reader = sole(uses.behind.get(reader))
     if activation is None:
-        found = activations.of_module(reader) if isinstance(reader, nn.Module) and is_free(reader) else None
+        found = (
+            activations.of_module(reader)
+            if isinstance(reader, nn.Module) and is_free(reader)
+            else None
+        )
         activation = reader if isinstance(reader, str) else found and found.name
     elif conv is None:
         activation = None  # nothing to do with fusing
@@ -60,12 +68,17 @@ def _fate(layer: _FrozenBatchNorm, added: str, activation: str | None, conv: Any
 
 def expected(root: nn.Module) -> dict[nn.Module, Fate]:
     """What the sources say."""
-    uses, found = Uses(root), {}
+    uses, found = Uses(root), dict[nn.Module, Fate]()
     for layer in root.modules():
-        if isinstance(layer, _FrozenBatchNorm) and "fold_conv" in vars(layer) and is_free(layer):
-            if type(layer).forward is _FrozenBatchNorm.forward and not layer.inplace:
-                found[layer] = _expected(layer, uses)
+        if isinstance(layer, _FrozenBatchNorm) and _is_fused(layer) and is_free(layer):
+            own = type(layer).forward is not _FrozenBatchNorm.forward or layer.inplace
+            found[layer] = Fate() if own else _expected(layer, uses)
     return _named(root, found)
+
+
+def _is_fused(layer: _FrozenBatchNorm) -> bool:
+    """Whether it was asked for."""
+    return "fold_conv" in vars(layer)
 
 
 def observed(root: nn.Module, inputs: tuple[Any, ...]) -> dict[nn.Module, Fate]:
@@ -94,7 +107,9 @@ def _named(root: nn.Module, found: dict[nn.Module, Fate]) -> dict[nn.Module, Fat
             fate = found.get(layer, Fate())
             if fate.folded_into and fate.conv is not None:
                 fate = fate._replace(folded_into=names.get(fate.conv, "a convolution"))
-            if not (fate.merged or fate.folded_into or fate.in_place) and "fold_conv" in vars(layer):
+            if not (fate.merged or fate.folded_into or fate.in_place) and "fold_conv" in vars(
+                layer
+            ):
                 fate = Fate(reason=_reason(root, layer))
             result[layer] = fate
     return result

@@ -42,6 +42,11 @@ _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 _BORDERED = (ast.With, ast.AsyncWith, ast.Try, ast.TryStar)
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
 
+_PURE = (
+    *(ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.Tuple, ast.UnaryOp),
+    *(ast.unaryop, ast.expr_context),
+)
+
 #: Attributes of the instance, one in the other, by which a callee is reached.
 Path = tuple[str, ...]
 
@@ -93,16 +98,14 @@ def _position(node: ast.AST) -> tuple[int, int]:
 
 def _is_pure(e: ast.AST) -> bool:
     """Whether evaluating it changes nothing. (Looking up attributes and items does not.)"""
-    return all(isinstance(part, ast.Name | ast.Attribute | ast.Constant | ast.expr_context)
-               or isinstance(part, ast.Subscript | ast.Tuple | ast.UnaryOp | ast.unaryop)
-               for part in ast.walk(e))
+    return all(isinstance(part, _PURE) for part in ast.walk(e))
 
 
 class _Scope:
     """Rewrites one function; ``code`` is what it was compiled to."""
 
     def __init__(
-        self, method: _Method, node: ast.FunctionDef, code: CodeType | None, pending: bool = False
+        self, method: _Method, node: ast.FunctionDef, code: CodeType, pending: bool = False
     ) -> None:
         self.method, self.node, self.code, self.pending = method, node, code, pending
         self.waiting: set[str] = set()  # variables in which something may be pending
@@ -128,6 +131,10 @@ class _Scope:
 
     def _bind(self, target: ast.expr, value: ast.expr, iterated: bool) -> None:
         """Notes a variable that holds a layer, or runs over layers."""
+        if iterated and isinstance(value, ast.Tuple | ast.List):
+            for item in value.elts:
+                self._bind(target, item, iterated=False)
+            return
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             for to, what in zip(target.elts, value.elts, strict=False):
                 self._bind(to, what, iterated)
@@ -159,7 +166,9 @@ class _Scope:
 
     def _find_waiting(self) -> None:
         """The variables of its own that are assigned what a step returns."""
-        captured = {n for c in source.codes(self.code) for n in c.co_freevars} if self.code else set()
+        captured = (
+            {n for c in source.codes(self.code) for n in c.co_freevars} if self.code else set()
+        )
         own = {*self.code.co_varnames} - captured if self.code else set()
         pairs = [(cast(str, _target(p)), cast(Any, p).value) for p in self.parts if _target(p)]
         while True:
@@ -180,7 +189,9 @@ class _Scope:
             inside = cast(ast.Attribute, e.func).value
             addend = [a for a in e.args[:1] if cast(ast.Attribute, e.func).attr == "add"]
             return any(self.is_step(p) or self.may_wait(p) for p in (inside, *addend))
-        return bool(self._arguments(e)[0]) and (self._calls(e) or self._function(e.func) is not None)
+        return bool(self._arguments(e)[0]) and (
+            self._calls(e) or self._function(e.func) is not None
+        )
 
     def _arguments(self, e: ast.Call) -> tuple[list[ast.expr], list[ast.keyword]]:
         """Positional ones, and others. ``F.relu(input=x)`` is ``F.relu(x)``."""
@@ -245,8 +256,9 @@ class _Scope:
             f = cast(ast.Attribute, e.func)
             first = self.raw(f.value, *args)
             others = [self.raw(a) if f.attr == "add" else self.plain(a) for a in args]
-            return self.step("method", first, ast.copy_location(ast.Constant(f.attr), e), *others,
-                             at=e)
+            return self.step(
+                "method", first, ast.copy_location(ast.Constant(f.attr), e), *others, at=e
+            )
         if self._function(e.func) is torch.add and len(args) == 2 and not keywords:
             a, b = self.raw(args[0], args[1]), self.raw(args[1])
             return self.step("add", a, b, self.plain(e.func), at=e)
@@ -372,8 +384,8 @@ class _Scope:
         if isinstance(s, (ast.If, ast.Match, *_LOOPS, *_BORDERED)):
             return [self.compound(s, rest)]
         name = _target(s)
-        if name in self.waiting:
-            return self.assignment(cast(ast.Assign, s), cast(str, name), rest)
+        if name is not None and name in self.waiting:
+            return self.assignment(s, name, rest)
         if isinstance(s, ast.Return) and s.value and self.pending and not self.bordered:
             value = self.raw(s.value)
             self.returned |= self.is_step(s.value) or self.may_wait(s.value)
@@ -384,7 +396,7 @@ class _Scope:
         read = ast.copy_location(ast.Name(name, ast.Load()), s)
         store = ast.copy_location(ast.Name(name, ast.Store()), s)
         if isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Add):
-            taken = self._consumed(s.target)
+            taken = self._consumed(cast(ast.Name, s.target))
             a = read if taken else self.step("value", read, at=s)
             a = a if _is_pure(s.value) else self.step("settle", a, at=s)
             value = self.step("iadd", a, self.raw(s.value), at=s)
@@ -431,9 +443,10 @@ class _Scope:
 
     def function(self, s: ast.FunctionDef) -> list[ast.stmt]:
         """An inner function; and one that returns what is pending."""
-        inside = [c for c in self.code.co_consts if isinstance(c, CodeType)] if self.code else []
-        codes = [c for c in inside
-                 if (c.co_firstlineno, c.co_name) == (source.first_line(s), s.name)]
+        inside = [c for c in self.code.co_consts if isinstance(c, CodeType)]
+        codes = [
+            c for c in inside if (c.co_firstlineno, c.co_name) == (source.first_line(s), s.name)
+        ]
         if len(codes) != 1 or any(isinstance(p, ast.Yield | ast.YieldFrom) for p in _own(s.body)):
             return [s]
         new, raw = copy.copy(s), copy.copy(s)
@@ -504,4 +517,6 @@ def rewrite(function: FunctionType, name: str, owner: type, steps: object) -> Re
         built.append((source.build(function, new, place, given), new))
     (plain, text), (pending, _) = built
     returns = scopes[1].returned and name != "forward"
-    return Rewritten(plain, pending if returns else None, ast.unparse(text), frozenset(method.paths))
+    return Rewritten(
+        plain, pending if returns else None, ast.unparse(text), frozenset(method.paths)
+    )

@@ -102,7 +102,9 @@ def build(
     method = ast.FunctionDef(node.name, bare(node.args), node.body, [])
     scope = ast.ClassDef(owner, [], [], [method], []) if owner else method
     cells = [ast.arg(name) for name in {*old.co_freevars, *given} - {"__class__"}]
-    outer = ast.FunctionDef("<outer>", ast.arguments([], cells, None, [], [], None, []), [scope], [])
+    outer = ast.FunctionDef(
+        "<outer>", ast.arguments([], cells, None, [], [], None, []), [scope], []
+    )
     for part in (method, scope, outer):
         ast.copy_location(part, node)
     module = ast.fix_missing_locations(ast.Module([outer], []))

@@ -246,14 +246,18 @@ def add(a: Any, b: Any, function: Any = operator.add) -> Any:
 
 def iadd(a: Any, b: Any) -> Any:
     """What ``a`` is after ``a += b``."""
-    return a if _takes(a, b) else operator.iadd(value(a), value(b))
+    return a if _takes(a, b) else operator.iadd(value(a), value(b))  # type: ignore[no-untyped-call]
 
 
 def method(x: Any, name: str, *args: Any) -> Any:
     """``x.name(...)``, of an activation or a sum."""
     if name == "add":
-        return x if _takes(x, args[0]) else args[0] if _takes(args[0], x) else value(x).add(
-            value(args[0])
+        return (
+            x
+            if _takes(x, args[0])
+            else args[0]
+            if _takes(args[0], x)
+            else value(x).add(value(args[0]))
         )
     if name == "add_":
         return x if _takes(x, args[0]) else value(x).add_(value(args[0]))
@@ -436,7 +440,7 @@ def _compute(n: Normalized, activation: str | None = None, slope: float = 0.01) 
 
 def _kernel(n: Normalized, activation: str | None, slope: float) -> Any:
     """All that is pending, by one call."""
-    other, (mean, var, weight, bias) = n.other, n.vectors
+    other, weight = n.other, n.vectors[2]
     folded = n.folded
     if folded and (other is not None or activation is not None):
         _unfold(n)
