@@ -193,8 +193,8 @@ void ask_python(PyObject* check, const Arguments& a) {
 void check_inplace(const Arguments& a) {
   const Tensor& input = *a.input;
   const auto strides = input.strides();
-  const bool recorded = at::GradMode::is_enabled() &&
-                        (input.is_view() || (input.requires_grad() && input.is_leaf()));
+  const bool recorded =
+      at::GradMode::is_enabled() && (input.is_view() || (input.requires_grad() && input.is_leaf()));
   if (recorded || std::find(strides.begin(), strides.end(), 0) != strides.end()) {
     ask_python(python().check_inplace, a);
   }
@@ -211,10 +211,9 @@ Tensor run(Arguments a) {
   }
   const Statistics& s = a.statistics;
   const bool weight_gradient = !a.pair && wants_gradient(s.weight);
-  const bool recorded =
-      at::GradMode::is_enabled() && (weight_gradient || wants_gradient(a.input) ||
-                                     wants_gradient(a.residual) ||
-                                     (!a.pair && wants_gradient(s.bias)));
+  const bool recorded = at::GradMode::is_enabled() &&
+                        (weight_gradient || wants_gradient(a.input) || wants_gradient(a.residual) ||
+                         (!a.pair && wants_gradient(s.bias)));
   if (!recorded) {
     Tensor output = compute(a, false).output;
     if (a.inplace) torch::autograd::impl::bump_version(output);
@@ -269,8 +268,7 @@ bool has_rank(const Tensor& t, PyObject* ranks) {
 
 // In the memory order that the output is to have (reference.in_torchs_order).
 bool is_in_torchs_order(const Tensor& t) {
-  return t.is_contiguous() ||
-         (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
+  return t.is_contiguous() || (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
          (t.dim() == 5 && t.is_contiguous(at::MemoryFormat::ChannelsLast3d));
 }
 
@@ -285,8 +283,7 @@ PyObject* call(PyObject*, PyObject* const* o, Py_ssize_t count) {
       read(o[5], a.statistics.eps) && read(o[7], a.negative_slope) &&
       read(o[8], a.residual, true) && read(o[9], a.inplace) && has_rank(*a.input, o[10]) &&
       !a.statistics.mean->requires_grad() && !a.statistics.var->requires_grad() &&
-      (a.input->is_cpu() ||
-       (python().cuda == Py_True && a.input->scalar_type() != at::kDouble));
+      (a.input->is_cpu() || (python().cuda == Py_True && a.input->scalar_type() != at::kDouble));
   PyObject* const code = simple ? PyDict_GetItemWithError(python().codes, o[6]) : nullptr;
   if (!code || !read(code, a.code)) {
     PyErr_Clear();
@@ -328,11 +325,21 @@ PyMethodDef method(const char* name, FastFunction function) {
 PyMODINIT_FUNC PyInit__node() {
   using namespace frozen_bn;
   static PyMethodDef methods[] = {
-      method("run", &run_fast), method("run_pair", &run_pair_fast), method("call", &call),
-      method("bind", &bind), {nullptr, nullptr, 0, nullptr}};
+      method("run", &run_fast),
+      method("run_pair", &run_pair_fast),
+      method("call", &call),
+      method("bind", &bind),
+      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_node", "The autograd node of frozen_bn, for one torch.", -1, methods,
-      nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT,
+      "_node",
+      "The autograd node of frozen_bn, for one torch.",
+      -1,
+      methods,
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr};
   PyObject* const module = PyModule_Create(&definition);
   if (module && PyModule_AddStringConstant(module, "built_with", FROZEN_BN_BUILT_TORCH) < 0) {
     Py_DECREF(module);

@@ -106,7 +106,7 @@ struct BackwardNode final : Node {
   // Whether nobody would notice if it was written over: no other tensor, storage or foreign memory
   // (NumPy's, say) holds these bytes. The rule by which torch itself accumulates in place.
   static bool is_ours(const Tensor& t) {
-    return t.use_count() == 1 && t.is_non_overlapping_and_dense() && !t.is_inference() &&
+    return is_nobody_elses(t) && t.is_non_overlapping_and_dense() && !t.is_inference() &&
            t.storage().use_count() == 1 &&
            t.storage().unsafeGetStorageImpl()->allocator() != nullptr;
   }
@@ -152,10 +152,10 @@ struct BackwardNode final : Node {
     for (size_t d = 0; d < dimensions; ++d) {
       PyTuple_SET_ITEM(strides.get(), d, PyLong_FromLongLong(plan.strides[d]));
     }
-    THPObjectPtr tensors[] = {
-        to_python(grad_output),    to_python(saved.coefficients), to_python(saved.mask),
-        to_python(saved.input),    to_python(saved.residual),     to_python(saved.weight),
-        to_python(saved.bias)};
+    THPObjectPtr tensors[] = {to_python(grad_output),    to_python(saved.coefficients),
+                              to_python(saved.mask),     to_python(saved.input),
+                              to_python(saved.residual), to_python(saved.weight),
+                              to_python(saved.bias)};
     THPObjectPtr code(PyLong_FromLongLong(plan.code));
     THPObjectPtr slope(PyFloat_FromDouble(plan.negative_slope));
     THPObjectPtr given(PyTuple_Pack(
@@ -176,7 +176,8 @@ struct BackwardNode final : Node {
         results[i] = THPVariable_Unpack(result);
       }
     }
-    if (results[kOfWeight].defined()) results[kOfWeight] = results[kOfWeight].to(*plan.weight_dtype);
+    if (results[kOfWeight].defined())
+      results[kOfWeight] = results[kOfWeight].to(*plan.weight_dtype);
     if (results[kOfBias].defined()) results[kOfBias] = results[kOfBias].to(*plan.bias_dtype);
     return results;
   }

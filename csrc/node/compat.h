@@ -63,4 +63,15 @@ bool forward_mode() {
   }
 }
 
+// Whether we have the only reference to a tensor. From 2.14 on a Python object that nobody has any
+// more, but that lives as long as its tensor, counts as another one.
+template <class T>
+bool is_nobody_elses(const T& tensor) {
+  if constexpr (requires { torch::autograd::impl::is_tensor_stealable(tensor); }) {
+    return torch::autograd::impl::is_tensor_stealable(tensor);
+  } else {
+    return tensor.use_count() == 1;
+  }
+}
+
 }  // namespace frozen_bn
