@@ -91,22 +91,21 @@ class _FrozenBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
-        saved = ctx.saved_tensors
         code, negative_slope, strides, weight_dtype, bias_dtype, shares = ctx.plan
         needs_input, _, _, needs_residual, _ = ctx.needs_input_grad
         grad_weight = grad_bias = None
         if torch.is_grad_enabled() or _is_batched(grad_output):
-            grad_input, grad_weight, grad_bias, grad_residual = _differentiable_backward(
-                grad_output, *saved, strides, code, negative_slope
+            gradients = _differentiable_backward(
+                *(grad_output, *ctx.saved_tensors, strides, code, negative_slope)
             )
             return (
-                grad_input if needs_input else None,
-                grad_weight.to(weight_dtype) if weight_dtype else None,  # type: ignore[union-attr]
-                grad_bias.to(bias_dtype) if bias_dtype else None,
-                grad_residual if needs_residual else None,
+                gradients[0] if needs_input else None,
+                gradients[1].to(weight_dtype) if weight_dtype else None,  # type: ignore[union-attr]
+                gradients[2].to(bias_dtype) if bias_dtype else None,
+                gradients[3] if needs_residual else None,
                 None,
             )
-        coefficients, mask, input, residual, _, _ = saved
+        coefficients, mask, input, residual, _, _ = ctx.saved_tensors
         if weight_dtype is not None:
             grad_weight = grad_output.new_empty(grad_output.shape[1], dtype=weight_dtype)
         if bias_dtype is not None:

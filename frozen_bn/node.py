@@ -1,6 +1,5 @@
-"""Which autograd node serves: the compiled one (csrc/node.cpp) where it fits the running torch, else
-Python's (functional.py, pair.py). Both do the same; the compiled one takes less of the host's time.
-"""
+"""Which autograd node serves: the compiled one (csrc/node.cpp) where it fits the running torch,
+else Python's (functional.py, pair.py). Both do the same; the compiled one in less time."""
 
 from __future__ import annotations
 

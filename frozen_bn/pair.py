@@ -57,14 +57,15 @@ class _FrozenBatchNormPair(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None
-        coefficients, mask, input, residual = saved = ctx.saved_tensors
+        coefficients, mask, input, residual = ctx.saved_tensors
         code, negative_slope, strides = ctx.plan
         needs_input, needs_residual, _ = ctx.needs_input_grad
         grad_input: Tensor | None
         grad_residual: Tensor | None
         if torch.is_grad_enabled() or _is_batched(grad_output):
             grad_input, _, _, grad_residual = _differentiable_backward(
-                grad_output, *saved, None, None, strides, code, negative_slope
+                *(grad_output, coefficients, mask, input, residual, None, None),
+                *(strides, code, negative_slope),
             )
             return grad_input if needs_input else None, grad_residual, None
         grad_input, grad_residual = _backward(

@@ -21,8 +21,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frozen_bn import (
-    FrozenBatchNorm2d,
     _C,
+    FrozenBatchNorm2d,
     frozen_batch_norm,
     functional,
     pair,
