@@ -2,51 +2,16 @@
 // operators behind it are those of every torch >= 2.10, and Python has the same node over them
 // (frozen_bn/functional.py, pair.py) for every other torch, for what is no plain tensor, and
 // wherever somebody watches: a TorchDispatchMode, say.
-#include "node/backward.h"
+#include "node/forward.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/ops/clone.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-
-#include <algorithm>
 
 #include "built.h"  // written by setup.py
 
 namespace frozen_bn {
 namespace {
-
-// What a branch is normalized with; pointers to tensors, null for None.
-struct Statistics {
-  const Tensor *mean = nullptr, *var = nullptr, *weight = nullptr, *bias = nullptr;
-  double eps = 0;
-};
-
-struct Arguments {
-  const Tensor* input = nullptr;  // [N, C, ...]
-  Statistics statistics;
-  const Tensor* residual = nullptr;
-  bool pair = false;
-  Statistics residual_statistics;  // of a pair
-  int64_t code = 0;
-  double negative_slope = 0;
-  bool inplace = false;
-  bool identity = false;  // the statistics are those of one
-
-  const char* operator_name() const {
-    return pair ? "forward_pair" : "forward";
-  }
-  bool is_smooth() const {
-    return needs_input(static_cast<Activation>(code));
-  }
-  bool is_masked() const {
-    return needs_mask(static_cast<Activation>(code));
-  }
-};
-
-bool wants_gradient(const Tensor* t) {
-  return t != nullptr && t->requires_grad();
-}
 
 // ---- From Python
 
@@ -95,141 +60,6 @@ bool read_run_pair(PyObject* const* o, Py_ssize_t count, Arguments& a) {
          read(o[13], a.negative_slope) && read(o[14], a.inplace);
 }
 
-// ---- The forward pass
-
-class ReleaseGil {
- public:
-  explicit ReleaseGil(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
-  ~ReleaseGil() {
-    if (state_) PyEval_RestoreThread(state_);
-  }
-  ReleaseGil(const ReleaseGil&) = delete;
-  ReleaseGil& operator=(const ReleaseGil&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
-// What a forward operator fills.
-struct Results {
-  Tensor coefficients, mask, output;
-};
-
-Results compute(const Arguments& a, bool save) {
-  const BelowAutograd guard;
-  const Tensor& input = *a.input;
-  Results results;
-  // Before the output: behind it, they would keep malloc from giving its place to the next call.
-  if (save) {
-    const bool wide = input.scalar_type() == at::kDouble;
-    const int64_t rows = a.pair ? int64_t{kPairRows} : int64_t{kRows};
-    const int64_t channels = input.dim() > 1 ? input.size(1) : 0;
-    results.coefficients =
-        make({rows, channels}, {channels, 1}, wide ? at::kDouble : at::kFloat, input);
-    if (a.is_masked()) results.mask = make_vector((input.numel() + 7) / 8, at::kByte, input);
-  }
-  results.output = a.inplace ? input : make_like(input);
-  const Statistics &s = a.statistics, &r = a.residual_statistics;
-  Call call(a.pair ? forward_pair_operator() : forward_operator());
-  call << &input << s.mean << s.var << s.weight << s.bias;
-  if (a.pair) {
-    call << s.eps << a.residual << r.mean << r.var << r.weight << r.bias << r.eps;
-  } else {
-    call << a.residual << s.eps;
-  }
-  call << a.code << a.negative_slope << &results.output << results.coefficients << results.mask;
-  const ReleaseGil released(takes_long(input));
-  call.run();
-  return results;
-}
-
-Tensor record(const Arguments& a) {
-  const Results results = compute(a, true);
-  const Tensor *weight = a.statistics.weight, *bias = a.statistics.bias;
-  const bool weight_gradient = !a.pair && wants_gradient(weight);
-  const bool bias_gradient = !a.pair && wants_gradient(bias);
-  auto node = make_node<BackwardNode>();
-  BackwardNode::Plan& plan = node->plan;
-  plan.pair = a.pair;
-  plan.code = a.code;
-  plan.negative_slope = a.negative_slope;
-  plan.shares = !a.pair && (a.code == 0 || a.identity);
-  plan.strides = results.output.strides();
-  if (weight_gradient) plan.weight_dtype = weight->scalar_type();
-  if (bias_gradient) plan.bias_dtype = bias->scalar_type();
-  torch::autograd::edge_list edges(kGradients);
-  const auto connect = [&](Gradient gradient, const Tensor* to) {
-    if (to) edges[gradient] = torch::autograd::impl::gradient_edge(*to);
-  };
-  connect(kOfInput, a.input);
-  if (weight_gradient) connect(kOfWeight, weight);
-  if (bias_gradient) connect(kOfBias, bias);
-  connect(kOfResidual, a.residual);
-  node->set_next_edges(std::move(edges));
-  BackwardNode::Saved saved{results.coefficients, results.mask};
-  if (weight_gradient || a.is_smooth()) saved.input = *a.input;
-  if (a.is_smooth() && a.residual) saved.residual = *a.residual;
-  if (weight_gradient) saved.weight = *weight;
-  if (bias_gradient && a.is_smooth()) saved.bias = *bias;
-  node->save(saved);
-  if (a.inplace) {
-    torch::autograd::impl::bump_version(*a.input);
-    attach_to_overwritten<NodePtr>(*a.input, node);
-  } else {
-    attach(results.output, node);
-  }
-  return results.output;
-}
-
-// ---- In place
-
-void ask_python(PyObject* check, const Arguments& a) {
-  THPObjectPtr input(THPVariable_Wrap(*a.input));
-  THPObjectPtr passed(PyObject_CallFunction(check, "Os", input.get(), a.operator_name()));
-  if (!passed) throw python_error();
-}
-
-// Raises where writing to the input would break its gradient or itself. The words are Python's.
-void check_inplace(const Arguments& a) {
-  const Tensor& input = *a.input;
-  const auto strides = input.strides();
-  const bool recorded =
-      at::GradMode::is_enabled() && (input.is_view() || (input.requires_grad() && input.is_leaf()));
-  if (recorded || std::find(strides.begin(), strides.end(), 0) != strides.end()) {
-    ask_python(python().check_inplace, a);
-  }
-}
-
-Tensor run(Arguments a) {
-  Tensor copied;
-  if (a.inplace) {
-    check_inplace(a);
-    if (a.residual && a.residual->storage().is_alias_of(a.input->storage())) {
-      copied = a.residual->clone();
-      a.residual = &copied;
-    }
-  }
-  const Statistics& s = a.statistics;
-  const bool weight_gradient = !a.pair && wants_gradient(s.weight);
-  const bool recorded = at::GradMode::is_enabled() &&
-                        (weight_gradient || wants_gradient(a.input) || wants_gradient(a.residual) ||
-                         (!a.pair && wants_gradient(s.bias)));
-  if (!recorded) {
-    Tensor output = compute(a, false).output;
-    if (a.inplace) torch::autograd::impl::bump_version(output);
-    return output;
-  }
-  if (!a.inplace) return record(a);
-  if (a.input->is_view()) ask_python(python().check_history, a);
-  if (!a.is_smooth() && !weight_gradient) return record(a);
-  // Where the gradient needs the input's values, they have to outlive the overwriting.
-  Tensor input = *a.input;
-  const Tensor source = input.clone();
-  a.input = &source;
-  a.inplace = false;
-  return input.copy_(record(a));
-}
-
 // ---- To Python
 
 PyObject* wrap(PyObject* input, const Arguments& a, Tensor output) {
@@ -272,19 +102,16 @@ bool is_in_torchs_order(const Tensor& t) {
          (t.dim() == 5 && t.is_contiguous(at::MemoryFormat::ChannelsLast3d));
 }
 
-// frozen_batch_norm(input, running_mean, running_var, weight, bias, eps, activation,
-// negative_slope, residual, inplace, ranks) where that is a call of `run`; else NotImplemented.
-PyObject* call(PyObject*, PyObject* const* o, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments a;
+// What the two below have in common: options are activation, negative_slope, residual, inplace and
+// the numbers of dimensions that the input may have. NotImplemented where this is no call of `run`.
+PyObject* call(PyObject* input, Arguments& a, PyObject* const* options) {
   const bool simple =
-      count == 11 && nobody_watches() && !at::impl::torch_function_mode_enabled() &&
-      !forward_mode() && read(o[0], a.input) && read_vectors(o + 1, a.statistics) &&
-      read(o[5], a.statistics.eps) && read(o[7], a.negative_slope) &&
-      read(o[8], a.residual, true) && read(o[9], a.inplace) && has_rank(*a.input, o[10]) &&
+      !at::impl::torch_function_mode_enabled() && !forward_mode() && read(input, a.input) &&
+      read(options[1], a.negative_slope) && read(options[2], a.residual, true) &&
+      read(options[3], a.inplace) && has_rank(*a.input, options[4]) &&
       !a.statistics.mean->requires_grad() && !a.statistics.var->requires_grad() &&
       (a.input->is_cpu() || (python().cuda == Py_True && a.input->scalar_type() != at::kDouble));
-  PyObject* const code = simple ? PyDict_GetItemWithError(python().codes, o[6]) : nullptr;
+  PyObject* const code = simple ? PyDict_GetItemWithError(python().codes, options[0]) : nullptr;
   if (!code || !read(code, a.code)) {
     PyErr_Clear();
     Py_RETURN_NOTIMPLEMENTED;
@@ -294,7 +121,42 @@ PyObject* call(PyObject*, PyObject* const* o, Py_ssize_t count) {
     ordered = a.input->contiguous();
     a.input = &ordered;
   }
-  return wrap(o[0], a, run(a));
+  return wrap(input, a, run(a));
+}
+
+// (input, running_mean, running_var, weight, bias, eps, *options)
+PyObject* call_fast(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments a;
+  if (count == 11 && nobody_watches() && read_vectors(o + 1, a.statistics) &&
+      read(o[5], a.statistics.eps)) {
+    return call(o[0], a, o + 6);
+  }
+  PyErr_Clear();
+  Py_RETURN_NOTIMPLEMENTED;
+  END_HANDLE_TH_ERRORS
+}
+
+// Of a module that has its vectors among its buffers, or its parameters:
+// (input, buffers, parameters, eps, *options)
+PyObject* call_layer_fast(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static PyObject* const names[] = {
+      PyUnicode_InternFromString("running_mean"), PyUnicode_InternFromString("running_var"),
+      PyUnicode_InternFromString("weight"), PyUnicode_InternFromString("bias")};
+  Arguments a;
+  PyObject* vectors[std::size(names)] = {};
+  bool simple = count == 9 && nobody_watches() && PyDict_Check(o[1]) && PyDict_Check(o[2]);
+  for (size_t i = 0; simple && i < std::size(names); ++i) {
+    vectors[i] = PyDict_GetItemWithError(o[1], names[i]);
+    if (!vectors[i]) vectors[i] = PyDict_GetItemWithError(o[2], names[i]);
+    simple = vectors[i] != nullptr;
+  }
+  if (simple && read_vectors(vectors, a.statistics) && read(o[3], a.statistics.eps)) {
+    return call(o[0], a, o + 4);
+  }
+  PyErr_Clear();
+  Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
 }
 
@@ -325,11 +187,9 @@ PyMethodDef method(const char* name, FastFunction function) {
 PyMODINIT_FUNC PyInit__node() {
   using namespace frozen_bn;
   static PyMethodDef methods[] = {
-      method("run", &run_fast),
-      method("run_pair", &run_pair_fast),
-      method("call", &call),
-      method("bind", &bind),
-      {nullptr, nullptr, 0, nullptr}};
+      method("run", &run_fast),   method("run_pair", &run_pair_fast),
+      method("call", &call_fast), method("call_layer", &call_layer_fast),
+      method("bind", &bind),      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT,
       "_node",

@@ -245,11 +245,14 @@ def _not_called(*arguments: Any) -> Any:
 #: Either node's. ``run`` has the signature of :func:`_run`. ``call`` takes (input, running_mean,
 #: running_var, weight, bias, eps, activation, negative_slope, residual, inplace, ranks), does what
 #: :func:`frozen_batch_norm` does, and returns ``NotImplemented`` unless all are plain tensors,
-#: nobody watches, and the input has one of these numbers of dimensions (``()``: any).
+#: nobody watches, and the input has one of these numbers of dimensions (``()``: any). So does
+#: ``call_layer`` (input, buffers, parameters, eps, ...), with the vectors of a module.
 run: Callable[..., Tensor] = _run
 call: Callable[..., Any] = _not_called
+call_layer: Callable[..., Any] = _not_called
 if node.compiled is not None:
-    run, call = node.compiled.run, node.compiled.call
+    run = node.compiled.run
+    call, call_layer = node.compiled.call, node.compiled.call_layer
 
 
 def frozen_batch_norm(

@@ -131,9 +131,10 @@ class _FrozenBatchNorm(nn.Module):
         if _is_scripting():
             return self._scripted_forward(input, residual)
         if not functional.is_compiling():
-            output = functional.call(
+            output = functional.call_layer(
                 input,
-                *self._vectors(),
+                self._buffers,
+                self._parameters,
                 self.eps,
                 self.activation,
                 self.negative_slope,

@@ -25,6 +25,7 @@ def pythons_node() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "run", functional._run)
         patch.setattr(functional, "call", functional._not_called)
+        patch.setattr(functional, "call_layer", functional._not_called)
         patch.setattr(pair, "run", pair._run)
         yield
 

@@ -497,8 +497,17 @@ def test_what_is_not_plain_is_not_called(change: Callable[[dict[str, Any]], dict
         **{"weight": weight, "bias": bias, "eps": 1e-5, "activation": "relu"},
         **{"negative_slope": 0.1, "residual": None, "inplace": False, "ranks": (3, 4)},
     }
-    assert isinstance(nodes.compiled.call(*given.values()), Tensor)
-    assert nodes.compiled.call(*change(given).values()) is NotImplemented
+    buffers = {name: given[name] for name in ("running_mean", "running_var", "weight")}
+
+    def call_layer(given: dict[str, Any]) -> Any:
+        own = buffers | {name: given[name] for name in buffers}
+        parameters = {"bias": given["bias"]}
+        return nodes.compiled.call_layer(given["input"], own, parameters, *[*given.values()][5:])
+
+    assert torch.equal(call_layer(given), nodes.compiled.call(*given.values()))
+    other = change(given)
+    assert nodes.compiled.call(*other.values()) is NotImplemented
+    assert call_layer(other) is NotImplemented
 
 
 @needs_compiled

@@ -122,10 +122,10 @@ struct BackwardNode final : Node {
     Tensor& grad_input = results[kOfInput];
     Tensor& grad_residual = results[kOfResidual];
     if (plan.weight_dtype && task_should_compute_output(kOfWeight)) {
-      results[kOfWeight] = make_vector(grad_output.size(1), *plan.weight_dtype, grad_output);
+      results[kOfWeight] = make({grad_output.size(1)}, *plan.weight_dtype, grad_output);
     }
     if (plan.bias_dtype && task_should_compute_output(kOfBias)) {
-      results[kOfBias] = make_vector(grad_output.size(1), *plan.bias_dtype, grad_output);
+      results[kOfBias] = make({grad_output.size(1)}, *plan.bias_dtype, grad_output);
     }
     // With a mask always: it is in the order of its storage.
     if (with_input || saved.mask.defined() || (with_residual && plan.shares && !plain)) {

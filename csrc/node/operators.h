@@ -6,6 +6,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -41,19 +42,24 @@ inline bool nobody_watches() {
 // What is made below is nobody's yet, and an operator's kernel has nothing to do with autograd.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
 
+// Not through the dispatcher where that is possible: it takes half the time.
+inline bool makes_at_once(const Tensor& like) {
+  return like.is_cpu() && nobody_watches();
+}
+
+inline Tensor make(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor& like) {
+  if (makes_at_once(like)) return Tensor(at::detail::empty_cpu(sizes, dtype));
+  return at::empty(sizes, like.options().dtype(dtype));
+}
+
 inline Tensor make(
     at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype, const Tensor& like) {
-  if (like.is_cpu() && nobody_watches()) {  // not through the dispatcher: half the time
-    return Tensor(at::detail::empty_strided_cpu(sizes, strides, dtype));
-  }
+  if (makes_at_once(like)) return Tensor(at::detail::empty_strided_cpu(sizes, strides, dtype));
   return at::empty_strided(sizes, strides, like.options().dtype(dtype));
 }
 
-inline Tensor make_vector(int64_t size, at::ScalarType dtype, const Tensor& like) {
-  return make({size}, {1}, dtype, like);
-}
-
 inline Tensor make_like(const Tensor& t) {
+  if (t.is_contiguous()) return make(t.sizes(), t.scalar_type(), t);
   if (!t.is_non_overlapping_and_dense()) return at::empty_like(t);
   return make(t.sizes(), t.strides(), t.scalar_type(), t);
 }

@@ -331,6 +331,7 @@ class Emulator:
             # Python's node, which finds the emulated operators.
             (functional, "run", functional._run),
             (functional, "call", functional._not_called),
+            (functional, "call_layer", functional._not_called),
             (pair, "run", pair._run),
             *(
                 (ops, name, unless_double(emulated, getattr(ops, name)))
