@@ -40,16 +40,16 @@ inline void attach(const at::Tensor& output, const NodePtr& node) {
 }
 
 // `input` was written over. What is announced is what was attached: for a view, a node around ours.
-template <class Pointer = NodePtr>
+template <class Pointer>
 void attach_to_overwritten(const at::Tensor& input, const Pointer& node) {
-  using Attached = decltype(torch::autograd::impl::rebase_history(
-      input, torch::autograd::Edge(std::declval<Pointer>(), 0)));
+  const auto rebase = [&](const NodePtr& to) {
+    return torch::autograd::impl::rebase_history(input, {to, 0});
+  };
   node->add_input_metadata(input);
-  torch::autograd::Edge edge(node, 0);
-  if constexpr (std::is_void_v<Attached>) {
-    torch::autograd::impl::rebase_history(input, std::move(edge));
+  if constexpr (std::is_void_v<decltype(rebase(node))>) {  // up to 2.13
+    rebase(node);
   } else {
-    announce(torch::autograd::impl::rebase_history(input, std::move(edge)));
+    announce(rebase(node));
   }
 }
 

@@ -130,7 +130,7 @@ inline Tensor record(const Arguments& a) {
   save(*node, a, results);
   if (a.inplace) {
     torch::autograd::impl::bump_version(*a.input);
-    attach_to_overwritten<NodePtr>(*a.input, node);
+    attach_to_overwritten(*a.input, node);
   } else {
     attach(results.output, node);
   }
