@@ -92,6 +92,13 @@ struct BackwardNode final : Node {
     return by_the_kernels(std::move(grad_output), saved);
   }
 
+  // Compiled autograd would have to be handed a function to trace.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "frozen_bn: compiled autograd cannot look into ", name(),
+        "; expected FROZEN_BN_NODE=0 in the environment, which chooses a node in Python");
+  }
+
  private:
   static constexpr size_t kSaved = 6;
   SavedVariable saved_[kSaved];
