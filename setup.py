@@ -1,5 +1,5 @@
-"""Builds the extension: CPU kernels wherever there is a C++ compiler, CUDA kernels wherever there
-are also a CUDA toolkit and a torch that has CUDA.
+"""Builds the extension: CPU kernels, and the autograd node for the torch at hand, wherever there is
+a C++ compiler; CUDA kernels wherever there are also a CUDA toolkit and a torch that has CUDA.
 
 FORCE_CUDA=1             stop if the CUDA half cannot be built
 FROZEN_BN_CUDA=0         do not build it
@@ -115,17 +115,25 @@ def extensions() -> tuple[list, dict]:
     # In a header of one file, not on the command line of all.
     lines = [f'#define FROZEN_BN_BUILT_{name} "{value}"\n' for name, value in facts.items()]
     write_if_other(Path("build/facts/built.h"), "".join(lines))
+    facts_dir = str(Path("build/facts").resolve())
     stable_abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and later
-    cxx = ["-std=c++20", *OPTIMIZE, "-fvisibility=hidden", "-Wall", "-Wno-psabi", stable_abi]
+    cxx = ["-std=c++20", *OPTIMIZE, "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
     kernels = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
     modules = [
         CppExtension(
             "frozen_bn._C",
-            ["csrc/frozen_bn.cpp", "csrc/calls.cpp", *kernels],
-            include_dirs=[pybind11.get_include(), str(Path("build/facts").resolve())],
+            ["csrc/frozen_bn.cpp", *kernels],
+            include_dirs=[pybind11.get_include(), facts_dir],
+            extra_compile_args={"cxx": [*cxx, stable_abi]},
+        ),
+        # For this torch only. Under another one, Python does the same.
+        CppExtension(
+            "frozen_bn._node",
+            ["csrc/node.cpp"],
+            include_dirs=[facts_dir],
             extra_compile_args={"cxx": cxx},
-        )
+        ),
     ]
     if reason is None:
         several = re.search("[; ]", architectures)
@@ -136,7 +144,7 @@ def extensions() -> tuple[list, dict]:
                 ["csrc/cuda/ops.cpp", "csrc/cuda/launch.cu"],
                 define_macros=[("USE_CUDA", None)],  # torch's headers ask for it
                 extra_compile_args={
-                    "cxx": cxx,
+                    "cxx": [*cxx, stable_abi],
                     "nvcc": [
                         "-std=c++20",
                         "-O3",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,17 @@ from .cases import (
     Case,
     Contender,
     Mode,
+    Operation,
     Setup,
     every_case,
 )
 from .rows import Row, problem_of, timed
-from .timing import Plan, apart, peak_bytes
+from .timing import Plan, Timing, apart, measure, peak_bytes
 from .traffic import Pass
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+#: Layers of the overhead's longest case.
+CHAIN = 16
 #: Whose unavoidable bytes a mode moves.
 PASSES: dict[Mode, tuple[Pass, ...]] = {
     "forward": ("forward",),
@@ -128,16 +132,33 @@ def bench_in_place(case: Case, settings: Settings) -> list[Row]:
     return timed(problem_of("op", case), mode, timings, peers.role)
 
 
+def _chain(setup: Setup, contender: Contender) -> object:
+    """Forward and backward through layers one after the other: what ``torch.autograd.grad`` takes
+    for a call is spread over them, as in a network."""
+    output = setup.input
+    for _ in range(CHAIN):
+        output = contender(output, setup.residual)
+    return setup.gradients(output)
+
+
 def overhead(settings: Settings) -> list[Row]:
     """Time per call on a tensor so small that nothing but the overhead is left."""
-    case = Case("fp32", "contiguous", "plain", OVERHEAD_SHAPE)
-    setup, modes = settings.setup(case), ("no-grad", "forward", "backward", "full")
-    contenders = peers.contenders(setup.problem, compiled=settings.compiled)
-    del contenders[peers.FLOOR]
     rows: list[Row] = []
-    for mode in modes:
-        timings = setup.time(contenders, mode, settings.plan)
-        rows += timed(problem_of("overhead", case), mode, timings, peers.role)
+    for operation in get_args(Operation):
+        case = Case("fp32", "contiguous", operation, OVERHEAD_SHAPE)
+        setup, modes = settings.setup(case), ("no-grad", "forward", "backward", "full")
+        contenders = peers.contenders(setup.problem, compiled=settings.compiled)
+        del contenders[peers.FLOOR]
+        problem = problem_of("overhead", case)
+        for mode in modes:
+            timings = setup.time(contenders, mode, settings.plan)
+            rows += timed(problem, mode, timings, peers.role)
+        chains = {name: partial(_chain, setup, function) for name, function in contenders.items()}
+        timings = {
+            name: Timing(tuple(seconds / CHAIN for seconds in timing.rounds))
+            for name, timing in measure(chains, settings.plan, settings.device).items()
+        }
+        rows += timed(problem, f"chain of {CHAIN}", timings, peers.role)
     return rows
 
 

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "built.h"  // written by setup.py
-#include "calls.h"
 #include "cpu/kernels.h"
 #include "launch_plan.h"
 
@@ -35,7 +34,6 @@ PYBIND11_MODULE(_C, module) {
   namespace cpu = frozen_bn::cpu;
   module.doc() =
       "Build information and test hooks of frozen_bn; the operators are torch.ops.frozen_bn.";
-  frozen_bn::define_calls(module);
   module.def("build_info", [] {
     pybind11::dict info;
     info["torch"] = FROZEN_BN_BUILT_TORCH;

@@ -1,11 +1,5 @@
 """The compiled module; the operators that it registers are ``torch.ops.frozen_bn``."""
 
-from collections.abc import Callable
-from typing import TypeVar
-
-_Function = TypeVar("_Function", bound=Callable[..., object])
-
-def calling(name: str, slow: _Function) -> _Function: ...
 def build_info() -> dict[str, str]: ...
 def launch_plan(
     numel: int, channels: int, inner: int, summing: int

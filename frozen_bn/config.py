@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from . import ops
+from . import node, ops
 
 
 def _built() -> dict[str, str]:
@@ -19,7 +19,7 @@ def _built() -> dict[str, str]:
 
 def show_config() -> str:
     """A table, as text: version, torch, CUDA, the architectures compiled in, the CPU level (the
-    instruction set that the CPU kernels use), and which paths are live."""
+    instruction set that the CPU kernels use), which paths are live, and which autograd node."""
     from . import __version__
 
     built = _built()
@@ -43,6 +43,7 @@ def show_config() -> str:
         "architectures": f"{built['architectures']} ({built['why']})" if built else "none",
         "CPU path": cpu,
         "CUDA path": cuda,
+        "autograd node": f"Python's ({node.why_not})" if node.why_not else "compiled",
     }
     return "\n".join(f"{name + ':':<15}{value}" for name, value in rows.items())
 

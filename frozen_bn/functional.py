@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import ops, reference
+from . import node, ops, reference
 from .checks import (
     ACTIVATIONS,
     SMOOTH,
@@ -24,6 +25,7 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 if "cpu" in ops.live:
     _forward, _backward = ops.forward, ops.backward
 
+is_compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
@@ -51,6 +53,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         _, weight_gradient, bias_gradient, _, _ = ctx.needs_input_grad
         smooth = code in SMOOTH
         kept = input if weight_gradient or smooth else None
+        ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(input)
         output, coefficients, mask = _forward(
@@ -85,13 +88,24 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or _is_batched(grad_output):
-            return _differentiable_backward(ctx, grad_output)
-        coefficients, mask, input, residual, _, _ = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None, None
         code, negative_slope, strides, weight_dtype, bias_dtype, shares = ctx.plan
         needs_input, _, _, needs_residual, _ = ctx.needs_input_grad
         grad_weight = grad_bias = None
+        if torch.is_grad_enabled() or _is_batched(grad_output):
+            gradients = _differentiable_backward(
+                *(grad_output, *ctx.saved_tensors, strides, code, negative_slope)
+            )
+            return (
+                gradients[0] if needs_input else None,
+                gradients[1].to(weight_dtype) if weight_dtype else None,  # type: ignore[union-attr]
+                gradients[2].to(bias_dtype) if bias_dtype else None,
+                gradients[3] if needs_residual else None,
+                None,
+            )
+        coefficients, mask, input, residual, _, _ = ctx.saved_tensors
         if weight_dtype is not None:
             grad_weight = grad_output.new_empty(grad_output.shape[1], dtype=weight_dtype)
         if bias_dtype is not None:
@@ -115,29 +129,22 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return grad_input if needs_input else None, grad_weight, grad_bias, grad_residual, None
 
 
-def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    code, negative_slope, strides, weight_dtype, bias_dtype, _ = ctx.plan
-    coefficients, mask, input, residual, weight, bias = ctx.saved_tensors
-    grad_input, grad_weight, grad_bias, grad_residual = reference.backward(
-        grad_output,
-        coefficients,
-        mask,
-        input,
-        residual,
-        weight,
-        bias,
-        strides,
-        ACTIVATIONS[code],
-        negative_slope,
-    )
-    needs_input, _, _, needs_residual, _ = ctx.needs_input_grad
-    return (
-        grad_input if needs_input else None,
-        grad_weight.to(weight_dtype) if weight_dtype else None,  # type: ignore[union-attr]
-        grad_bias.to(bias_dtype) if bias_dtype else None,
-        grad_residual if needs_residual else None,
-        None,
-    )
+def _differentiable_backward(
+    grad_output: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    strides: tuple[int, ...],
+    code: int,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """What both nodes call for a gradient that is to be differentiated again, or is a batch of
+    them."""
+    saved = (coefficients, mask, input, residual, weight, bias)
+    return reference.backward(grad_output, *saved, strides, ACTIVATIONS[code], negative_slope)
 
 
 def _shares_storage(a: Tensor, b: Tensor) -> bool:
@@ -147,7 +154,7 @@ def _shares_storage(a: Tensor, b: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether a compiler, a tracer or a transform of functions has to see PyTorch's operators."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _functorch_active()
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -178,13 +185,20 @@ def _code(activation: str | None, op: str = "forward") -> int:
 
 def _run(
     input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    constants: _Constants,
+    eps: float,
+    code: int,
+    negative_slope: float,
+    inplace: bool,
+    identity: bool,
 ) -> Tensor:
-    """By the kernels, and recorded by autograd where a gradient is wanted."""
-    running_mean, running_var, eps, code, negative_slope, inplace, identity = constants
+    """By the kernels, and recorded by autograd where a gradient is wanted. ``code`` is that of the
+    activation; ``identity``: the statistics are those of one."""
+    constants = (running_mean, running_var, eps, code, negative_slope, inplace, identity)
     if inplace:
         check_inplace(input)
         if residual is not None and _shares_storage(residual, input):
@@ -222,6 +236,23 @@ def _run(
     if inplace:
         torch.autograd.graph.increment_version(input)
     return output
+
+
+def _not_called(*arguments: Any) -> Any:
+    return NotImplemented
+
+
+#: Either node's. ``run`` has the signature of :func:`_run`. ``call`` takes (input, running_mean,
+#: running_var, weight, bias, eps, activation, negative_slope, residual, inplace, ranks), does what
+#: :func:`frozen_batch_norm` does, and returns ``NotImplemented`` unless all are plain tensors,
+#: nobody watches, and the input has one of these numbers of dimensions (``()``: any). So does
+#: ``call_layer`` (input, buffers, parameters, eps, ...), with the vectors of a module.
+run: Callable[..., Tensor] = _run
+call: Callable[..., Any] = _not_called
+call_layer: Callable[..., Any] = _not_called
+if node.compiled is not None:
+    run = node.compiled.run
+    call, call_layer = node.compiled.call, node.compiled.call_layer
 
 
 def frozen_batch_norm(
@@ -272,6 +303,22 @@ def frozen_batch_norm(
 
     Gradients flow to ``input``, ``weight``, ``bias`` and ``residual``, each only if needed.
     """
+    if not is_compiling():
+        output: Tensor = call(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps,
+            activation,
+            negative_slope,
+            residual,
+            inplace,
+            (),
+        )
+        if output is not NotImplemented:
+            return output
     # Tracers (torch.fx) and tensor subclasses.
     overridden = has_torch_function_variadic(input, residual, weight, bias)
     if overridden or _takes_plain_path(input, running_mean, running_var):
@@ -287,45 +334,9 @@ def frozen_batch_norm(
             return handle_torch_function(frozen_batch_norm, relevant, *arguments, **options)
         return reference.frozen_batch_norm(*arguments, **options)
     code = _code(activation)
-    constants = (running_mean, running_var, eps, code, negative_slope, inplace, False)
     ordered = input if inplace or input.is_contiguous() else reference.in_torchs_order(input)
-    return _run(ordered, weight, bias, residual, constants)
-
-
-def launch(
-    input: Tensor,
-    vectors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    eps: float,
-    activation: str | None,
-    negative_slope: float,
-    residual: Tensor | None,
-    inplace: bool,
-) -> Tensor:
-    """:func:`frozen_batch_norm` for fusion: of plain tensors, outside of any transform, and in
-    place only over a tensor that nobody else has and no gradient needs."""
-    mean, var, weight, bias = vectors
-    if mean.requires_grad or var.requires_grad or not has_kernels(input):
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-        options |= {"residual": residual, "inplace": inplace}
-        return reference.frozen_batch_norm(input, *vectors, eps, **options)
-    code = _CODES[activation]
-    if not (inplace or input.is_contiguous()):
-        input = reference.in_torchs_order(input)
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (residual is not None and residual.requires_grad)
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
-        constants = (mean, var, eps, code, negative_slope, inplace, False)
-        output: Tensor = _FrozenBatchNorm.apply(input, weight, bias, residual, constants)
-        return output
-    output, _, _ = _forward(
-        input, mean, var, weight, bias, residual, eps, code, negative_slope, inplace, False
-    )
-    if inplace:
-        torch.autograd.graph.increment_version(input)
-    return output
+    vectors = (running_mean, running_var, weight, bias)
+    return run(ordered, *vectors, residual, eps, code, negative_slope, inplace, False)
 
 
 # What torch.jit.script takes instead.
@@ -359,5 +370,4 @@ def activate(
     code = _code(activation)
     inplace = not (code in SMOOTH and torch.is_grad_enabled())
     mean, var = _identity(input.shape[1], torch.float32, input.device)
-    constants = (mean, var, 0.0, code, negative_slope, inplace, True)
-    return _run(input, None, bias, residual, constants)
+    return run(input, mean, var, None, bias, residual, 0.0, code, negative_slope, inplace, True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from . import reference
+from . import functional, reference
 from .checks import Statistics, activation_code, fail, mismatch
 from .functional import frozen_batch_norm
 
@@ -123,6 +123,20 @@ class _FrozenBatchNorm(nn.Module):
         """Normalize ``input``, add ``residual`` (same shape and dtype), apply the activation."""
         if _is_scripting():
             return self._scripted_forward(input, residual)
+        if not functional.is_compiling():
+            output = functional.call_layer(
+                input,
+                self._buffers,
+                self._parameters,
+                self.eps,
+                self.activation,
+                self.negative_slope,
+                residual,
+                self.inplace,
+                self._ranks,
+            )
+            if output is not NotImplemented:
+                return cast(Tensor, output)
         return self.normalize(input, residual, self.activation, self.negative_slope, self.inplace)
 
     def _scripted_forward(self, input: Tensor, residual: Tensor | None) -> Tensor:

@@ -150,7 +150,7 @@ def _results(input: Tensor, rows: int, code: int, inplace: bool, save: bool) -> 
     return input if inplace else torch.empty_like(input), coefficients, mask
 
 
-def _forward(
+def forward(
     input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -169,7 +169,7 @@ def _forward(
     return results
 
 
-def _forward_pair(
+def forward_pair(
     input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -203,7 +203,7 @@ def _forward_pair(
     return results
 
 
-def _backward(
+def backward(
     grad_output: Tensor,
     coefficients: Tensor,
     mask: Tensor | None,
@@ -228,8 +228,6 @@ def _backward(
 
 
 if "cpu" in live:
-    from ._C import calling
-
     torch.library.register_fake("frozen_bn::forward")(_fake_forward)
     torch.library.register_fake("frozen_bn::forward_pair")(_fake_forward_pair)
     torch.library.register_fake("frozen_bn::backward")(_fake_backward)
@@ -238,8 +236,3 @@ if "cpu" in live:
     _forward_operator = torch.ops.frozen_bn.forward.default
     _forward_pair_operator = torch.ops.frozen_bn.forward_pair.default
     _backward_operator = torch.ops.frozen_bn.backward.default
-
-    # The operators on tensors made for their results (see csrc/calls.cpp).
-    forward = calling("forward", _forward)
-    forward_pair = calling("forward_pair", _forward_pair)
-    backward = calling("backward", _backward)

@@ -3,13 +3,14 @@ and activated in one pass. What :mod:`frozen_bn.functional` is for one branch.""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import ops, reference
+from . import functional, node, ops, reference
 from .checks import (
     ACTIVATIONS,
     SMOOTH,
@@ -34,6 +35,7 @@ class _FrozenBatchNormPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor, constants: _Constants) -> Tensor:
         statistics, residual_statistics, code, negative_slope, inplace = constants
+        ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(input)
         output, coefficients, mask = _forward_pair(
@@ -52,22 +54,18 @@ class _FrozenBatchNormPair(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None
         coefficients, mask, input, residual = ctx.saved_tensors
         code, negative_slope, strides = ctx.plan
         needs_input, needs_residual, _ = ctx.needs_input_grad
         grad_input: Tensor | None
         grad_residual: Tensor | None
         if torch.is_grad_enabled() or _is_batched(grad_output):
-            grad_input, grad_residual = reference.pair_backward(
-                grad_output,
-                coefficients,
-                mask,
-                input,
-                residual,
-                strides,
-                ACTIVATIONS[code],
-                negative_slope,
+            grad_input, _, _, grad_residual = _differentiable_backward(
+                *(grad_output, coefficients, mask, input, residual, None, None),
+                *(strides, code, negative_slope),
             )
             return grad_input if needs_input else None, grad_residual, None
         grad_input, grad_residual = _backward(
@@ -87,9 +85,50 @@ class _FrozenBatchNormPair(torch.autograd.Function):
         return grad_input if needs_input else None, grad_residual, None
 
 
-def _run(input: Tensor, residual: Tensor, constants: _Constants) -> Tensor:
-    """By the kernels, and recorded by autograd where a gradient is wanted."""
-    statistics, residual_statistics, code, negative_slope, inplace = constants
+def _differentiable_backward(
+    grad_output: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: None,
+    bias: None,
+    strides: tuple[int, ...],
+    code: int,
+    negative_slope: float,
+) -> tuple[Tensor, None, None, Tensor]:
+    """What :func:`frozen_bn.functional._differentiable_backward` is for one branch."""
+    saved = (coefficients, mask, input, residual)
+    grad_input, grad_residual = reference.pair_backward(
+        grad_output, *saved, strides, ACTIVATIONS[code], negative_slope
+    )
+    return grad_input, None, None, grad_residual
+
+
+def _run(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_eps: float,
+    code: int,
+    negative_slope: float,
+    inplace: bool,
+) -> Tensor:
+    """By the kernels, and recorded by autograd where a gradient is wanted of ``input`` or
+    ``residual``. ``code`` is that of the activation."""
+    statistics = Statistics(running_mean, running_var, weight, bias, eps)
+    residual_statistics = Statistics(
+        residual_mean, residual_var, residual_weight, residual_bias, residual_eps
+    )
+    constants = (statistics, residual_statistics, code, negative_slope, inplace)
     if inplace:
         check_inplace(input, "forward_pair")
         if _shares_storage(residual, input):
@@ -117,6 +156,22 @@ def _run(input: Tensor, residual: Tensor, constants: _Constants) -> Tensor:
     if inplace:
         torch.autograd.graph.increment_version(input)
     return output
+
+
+#: Either node's, of the signature of :func:`_run`.
+run: Callable[..., Tensor] = _run
+if node.compiled is not None:
+    run = node.compiled.run_pair
+    node.compiled.bind(
+        functional._run,
+        _run,
+        functional._differentiable_backward,
+        _differentiable_backward,
+        check_inplace,
+        check_history,
+        functional._CODES,
+        "cuda" in ops.live,
+    )
 
 
 def frozen_batch_norm_pair(
@@ -194,4 +249,4 @@ def frozen_batch_norm_pair(
         )
     if not inplace:
         input = reference.in_torchs_order(input)
-    return _run(input, residual, (statistics, residual_statistics, code, negative_slope, inplace))
+    return run(input, *statistics, residual, *residual_statistics, code, negative_slope, inplace)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulator import runtime
-from helpers import CPU_LEVELS
+from helpers import CPU_LEVELS, pythons_node
 
 import frozen_bn
+from frozen_bn import node as nodes
 
 #: Besides the CPU: the CUDA kernels in an emulator, and on a GPU where there is one.
 ACCELERATORS = ["emulated"] + ["cuda"] * torch.cuda.is_available()
@@ -31,18 +32,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         every_level = metafunc.definition.get_closest_marker("every_cpu_level")
         cpu = CPU_LEVELS if every_level else ["cpu"]
         metafunc.parametrize("device", [*cpu, *ACCELERATORS], indirect=True)
+    if "node" in metafunc.fixturenames:
+        metafunc.parametrize("node", ["compiled", "python"], indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """There are no float64 kernels to emulate: frozen_bn runs plain PyTorch for it on CUDA."""
+    """There are no float64 kernels to emulate: frozen_bn runs plain PyTorch for it on CUDA. And it
+    is Python's node that finds the emulator."""
 
     def parameters(item: pytest.Item) -> dict[str, object]:
         return item.callspec.params if hasattr(item, "callspec") else {}
 
     def emulates_nothing(item: pytest.Item) -> bool:
         given = parameters(item)
-        return (given.get("device"), given.get("dtype")) == ("emulated", torch.float64)
+        others = (given.get("dtype") == torch.float64, given.get("node") == "compiled")
+        return given.get("device") == "emulated" and any(others)
 
     for item in items:
         emulated = parameters(item).get("device") == "emulated"
@@ -65,6 +70,18 @@ def the_emulator(wide: bool = False) -> runtime.Emulator:
 @pytest.fixture
 def emulator() -> runtime.Emulator:
     return the_emulator()
+
+
+@pytest.fixture
+def node(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the whole test over one autograd node."""
+    if request.param == "compiled":
+        if nodes.compiled is None:
+            pytest.skip(nodes.why_not)
+        yield request.param
+    else:
+        with pythons_node():
+            yield request.param
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from frozen_bn import FrozenBatchNorm2d, frozen_batch_norm, reference
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.usefixtures("device", "node")
 
 NAMES = ("input", "weight", "bias", "residual")
 COMBINATIONS = [c for n in range(1, 5) for c in itertools.combinations(NAMES, n)]

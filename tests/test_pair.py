@@ -43,6 +43,7 @@ SHAPES = [
     (2, 2048, 1),
 ]
 BRANCHES = ("input", "residual")
+both_nodes = pytest.mark.usefixtures("node")
 channels_last = pytest.mark.parametrize("channels_last", [False, True])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -262,6 +263,7 @@ def test_in_place_gives_the_same(activation, needs, layout, device):
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
 
 
+@both_nodes
 @activations
 def test_in_place_with_the_input_itself_as_residual(activation):
     a, b = make_pair(3, torch.float64)
@@ -289,18 +291,21 @@ def function_of(trainable: tuple[str, ...], **options: object):
     return function, tuple(branches[n].requires_grad_() for n in trainable)
 
 
+@both_nodes
 @activations
 @trainables
 def test_gradcheck(trainable, activation):
     assert torch.autograd.gradcheck(*function_of(trainable, activation=activation))
 
 
+@both_nodes
 @activations
 @trainables
 def test_gradgradcheck(trainable, activation):
     assert torch.autograd.gradgradcheck(*function_of(trainable, activation=activation))
 
 
+@both_nodes
 @activations
 def test_batched_gradients(activation):
     function, leaves = function_of(BRANCHES, activation=activation)
@@ -322,6 +327,7 @@ def test_only_what_is_asked_for_is_computed(trainable, activation, device):
     assert {name for name, t in branches.items() if t.grad is not None} == set(trainable)
 
 
+@both_nodes
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_buffers_overwritten_between_forward_and_backward(activation):
     """The gradients are those of the values at the time of the forward."""
@@ -341,6 +347,7 @@ def test_buffers_overwritten_between_forward_and_backward(activation):
 # ---- What the backward keeps
 
 
+@both_nodes
 @pytest.mark.parametrize("inplace", [False, True])
 @activations
 @trainables
@@ -362,6 +369,7 @@ def test_what_is_saved(trainable, activation, inplace):
     assert kept == expected
 
 
+@both_nodes
 def test_no_gradients_no_node():
     a, b = make_pair(3)
     x, r = torch.randn(2, 2, 3, 4, 5)

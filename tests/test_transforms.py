@@ -121,6 +121,7 @@ def assert_same_gradients(frozen: nn.Module, live: nn.Module) -> None:
     torch.testing.assert_close(actual, {name: expected[name] for name in actual})
 
 
+@pytest.mark.usefixtures("node")
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_anomaly_mode(conversion):
     live, frozen = networks(conversion, nn.ReLU)
@@ -128,6 +129,7 @@ def test_anomaly_mode(conversion):
         assert_same_gradients(frozen, live)
 
 
+@pytest.mark.usefixtures("node")
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_anomaly_mode_names_the_node_that_made_a_nan(conversion):
     _, frozen = networks(conversion, nn.ReLU)
@@ -141,6 +143,7 @@ def test_anomaly_mode_names_the_node_that_made_a_nan(conversion):
             y.backward(torch.full_like(y, torch.nan))
 
 
+@pytest.mark.usefixtures("node")
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_saved_tensors_may_move_away_and_back(conversion):
     """Offloading: what the backward gets is not the object that the forward saved."""
@@ -159,6 +162,7 @@ def test_saved_tensors_may_move_away_and_back(conversion):
     assert moved
 
 
+@pytest.mark.usefixtures("node")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_checkpointing(conversion, use_reentrant):

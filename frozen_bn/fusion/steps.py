@@ -23,10 +23,9 @@ from torch.nn import Parameter
 from torch.nn.modules import module as internals
 from torch.utils._device import DeviceContext
 
-from .. import activations
+from .. import activations, functional
 from ..checks import ACTIVATIONS, SMOOTH, Statistics
-from ..functional import _functorch_active, _tracing_state, has_kernels, launch
-from ..functional import activate as activate_sum
+from ..functional import _functorch_active, _tracing_state, frozen_batch_norm, has_kernels
 from ..modules import _FrozenBatchNorm
 from ..pair import frozen_batch_norm_pair
 from . import fold
@@ -453,12 +452,17 @@ def _kernel(n: Normalized, activation: str | None, slope: float) -> Any:
     if n.folded and n.bias is None:
         return fold.convolve(n.conv, _statistics(n), n.input, False)[0]
     if n.folded:
-        return activate_sum(n.input, n.bias, other, activation, slope)
+        return functional.activate(n.input, n.bias, other, activation, slope)
     if type(other) is Normalized:
         branches = n.input, _statistics(n), other.input, _statistics(other)
         options: dict[str, Any] = {"activation": activation, "negative_slope": slope}
         return frozen_batch_norm_pair(*branches, **options, inplace=in_place)
-    return launch(n.input, n.vectors, n.bn.eps, activation, slope, other, in_place)
+    arguments = (n.input, *n.vectors, n.bn.eps, activation, slope, other, in_place, ())
+    output = functional.call(*arguments)
+    if output is NotImplemented:
+        options = {"activation": activation, "negative_slope": slope, "inplace": in_place}
+        output = frozen_batch_norm(*arguments[:6], residual=other, **options)  # type: ignore[arg-type]
+    return output
 
 
 def _record(n: Normalized, activation: str | None, folded: bool, in_place: bool) -> None:

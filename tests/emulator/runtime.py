@@ -328,11 +328,11 @@ class Emulator:
             )
 
         places = [
-            # Not past Python, where the emulated operators are.
-            (functional, "_forward", ops._forward),
-            (functional, "_backward", ops._backward),
-            (pair, "_forward_pair", ops._forward_pair),
-            (pair, "_backward", ops._backward),
+            # Python's node, which finds the emulated operators.
+            (functional, "run", functional._run),
+            (functional, "call", functional._not_called),
+            (functional, "call_layer", functional._not_called),
+            (pair, "run", pair._run),
             *(
                 (ops, name, unless_double(emulated, getattr(ops, name)))
                 for name, emulated in (
