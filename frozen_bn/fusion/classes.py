@@ -134,9 +134,9 @@ def _methods(written: type) -> Iterator[tuple[str, FunctionType]]:
 def _sequential(written: type) -> Rewritten:
     """The forward of a Sequential, which needs no source."""
     forward = cast(FunctionType, nn.Sequential.forward)
-    head = "    if steps.aside(owner.forward, written) or steps.watched():\n"
+    head = "    if steps.aside(owner.forward, written):\n"
     head += "        return owner.forward(self, input)\n"
-    body = "def forward(self, input):\n{}    return steps.value(steps.sequence(self, input))"
+    body = "def forward(self, input):\n{}    return steps.sequence(self, input)"
     (node,) = ast.parse(body.format(head)).body
     assert isinstance(node, ast.FunctionDef)
     given = {"steps": steps, "owner": written, "written": forward}

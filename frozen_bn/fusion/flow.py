@@ -261,6 +261,8 @@ class _Run:
             for held in (self.object(e), self.object(e.value)):  # somebody has it, or its weight
                 if isinstance(held, nn.Module) and held is not self.instance:
                     self.uses.use(frozenset({held}), None)
+            if not isinstance(e.value, ast.Name):
+                self.read(e.value)
             return _NONE
         for child in ast.iter_child_nodes(e):
             self.read(child)
@@ -273,7 +275,6 @@ class _Run:
 
     def call(self, e: ast.Call) -> Nodes:
         f, args = self.object(e.func), e.args
-        self.read_callee(e.func)
         others = [*args[1:], *e.keywords]
         attribute = e.func.attr if isinstance(e.func, ast.Attribute) else ""
         if isinstance(f, nn.Module) and args:
@@ -304,13 +305,6 @@ class _Run:
             else:
                 self.read(child)
         return _NONE
-
-    def read_callee(self, f: ast.expr) -> None:
-        """What is used by naming the callee: not the layer that is called."""
-        while isinstance(f, ast.Attribute | ast.Subscript):
-            f = f.value
-        if isinstance(f, ast.Call):
-            self.read(f)
 
     def _is_followed(self, f: Any) -> bool:
         own = isinstance(f, MethodType) and f.__self__ is self.instance

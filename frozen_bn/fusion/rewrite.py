@@ -268,7 +268,8 @@ class _Scope:
         first = self.raw(args[0], *args[1:], *keywords)
         others = [self.plain(a) for a in args[1:]]
         named = [self.rebuilt(k) for k in keywords]
-        return self.step("call", self.plain(e.func), first, *others, at=e, keywords=named)
+        name = "call_with" if others or named else "call"
+        return self.step(name, self.plain(e.func), first, *others, at=e, keywords=named)
 
     def plain(self, e: ast.expr) -> ast.expr:
         """``e``, computed."""
@@ -341,21 +342,20 @@ class _Scope:
                 found += [*self._arguments(part)[0][:2], inside]
         return {part.id for part in found if isinstance(part, ast.Name)}
 
-    def _waits(self, name: str, rest: Sequence[ast.stmt]) -> bool:
+    def _waits(self, name: str, rest: Sequence[ast.stmt]) -> bool | None:
         """Whether the next that reads the variable is a step, in the same block of a `with` or
-        `try`."""
-        for i, s in enumerate(rest):
-            if isinstance(s, ast.If) and not self.bordered and not _mentions(s.test, name):
-                after = rest[i + 1 :]
-                if any(self._waits(name, [*body, *after]) for body in (s.body, s.orelse)):
-                    return True
-                if _mentions(s, name):
+        `try`; None if nothing does."""
+        for s in rest:
+            if name not in self.method.names_in(s):
+                if self.bordered and not isinstance(s, _SIMPLE):
                     return False
-            elif self.bordered and not isinstance(s, _SIMPLE):
-                return False
-            elif _mentions(s, name):
+            elif isinstance(s, ast.If) and not self.bordered and not _mentions(s.test, name):
+                ways = [self._waits(name, block) for block in (s.body, s.orelse)]
+                if True in ways or None not in ways:
+                    return True in ways
+            else:
                 return isinstance(s, _SIMPLE) and name in self._taken(s)
-        return False
+        return None
 
     def _at_once(self, name: str, rest: Sequence[ast.stmt]) -> bool:
         """Whether nothing is called before a step takes what the variable has."""
@@ -468,10 +468,17 @@ class _Method:
         arguments = [*node.args.posonlyargs, *node.args.args]
         self.self_name = arguments[0].arg if arguments else ""
         self.globals = function.__globals__
+        self.names: dict[ast.AST, set[str]] = {}
         self.used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         self.used |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
         self.paths: set[Path] = set()
         self.steps, self.owner, self.written = map(self.new_name, ("steps", "owner", "written"))
+
+    def names_in(self, node: ast.AST) -> set[str]:
+        """The variables that it names, also those of functions inside."""
+        if node not in self.names:
+            self.names[node] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        return self.names[node]
 
     def new_name(self, word: str) -> str:
         name = next(w for w in (word + "_" * i for i in itertools.count()) if w not in self.used)

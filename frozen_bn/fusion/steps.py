@@ -24,8 +24,8 @@ from torch.nn.modules import module as internals
 from torch.utils._device import DeviceContext
 
 from .. import activations, functional
-from ..checks import ACTIVATIONS, SMOOTH, Statistics
-from ..functional import _functorch_active, _tracing_state, frozen_batch_norm, has_kernels
+from ..checks import ACTIVATIONS, SMOOTH
+from ..functional import _functorch_active, _tracing_state, has_kernels
 from ..modules import _FrozenBatchNorm
 from ..pair import frozen_batch_norm_pair
 from . import fold
@@ -88,8 +88,6 @@ class Normalized:
     input: Any
     other: Any
     output: Any
-    vectors: tuple[Any, Any, Any, Any]
-
     __slots__ = tuple(__annotations__)
 
 
@@ -118,8 +116,8 @@ def _other_modes() -> bool:
 
 
 def aside(now: object, written: object) -> bool:
-    """Whether a class's own method has to run: it is another by ``now``, or a compiler sees it."""
-    return now is not written or _is_compiling()
+    """Whether a class's own method has to run: it is another by ``now``, or each call is seen."""
+    return now is not written or _is_compiling() or watched()
 
 
 class _Kind(NamedTuple):
@@ -128,6 +126,7 @@ class _Kind(NamedTuple):
 
 
 _kinds: dict[type, _Kind] = {}
+_without_options: dict[type, activations.Activation] = {}  # classes that are always this one
 
 
 def _learn(kind: type) -> _Kind:
@@ -143,8 +142,11 @@ def _learn(kind: type) -> _Kind:
         found = _Kind(_normalize, forward)
     elif issubclass(kind, nn.Module) and activations.is_known(kind):
         found = _Kind(_activate, forward)
+        name = activations.without_options(kind)
+        if name is not None:
+            _without_options[kind] = activations.Activation(name)
     elif is_sequential(kind):
-        found = _Kind(sequence, forward)
+        found = _Kind(_sequence, forward)
     if len(_kinds) > 1000:  # classes made on the fly
         _kinds.clear()
     return _kinds.setdefault(kind, found)
@@ -182,29 +184,34 @@ def is_sequential(kind: Any) -> bool:
 # Steps
 
 
-def call(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """``f(x, ...)``; may be given and return what is pending."""
+def call(f: Any, x: Any) -> Any:
+    """``f(x)``; may be given and return what is pending."""
     kind = type(f)
     handler, forward = _kinds.get(kind) or _learn(kind)
     if handler is None:
-        return f(value(x), *args, **kwargs)
+        return f(value(x))
     if forward is None:
-        return handler(f, x, args, kwargs)
+        return handler(f, x, (), {})
     d = f.__dict__
     if (
-        args
-        or kwargs
-        or kind.forward is not forward
-        or d["_forward_hooks"]
+        d["_forward_hooks"]
         or d["_forward_pre_hooks"]
         or d["_backward_hooks"]
         or d["_backward_pre_hooks"]
+        or kind.forward is not forward
         or "forward" in d
         or d.get("_compiled_call_impl") is not None
-        or watched()
     ):
+        return f(value(x))
+    return handler(f, d, x)
+
+
+def call_with(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """``f(x, ...)``, likewise. No layer is merged that is told more than its input."""
+    handler, forward = _kinds.get(type(f)) or _learn(type(f))
+    if handler is None or forward is not None:
         return f(value(x), *args, **kwargs)
-    return handler(f, x)
+    return handler(f, x, args, kwargs)
 
 
 def value(x: Any) -> Any:
@@ -273,7 +280,7 @@ def method(x: Any, name: str, *args: Any) -> Any:
 def _function(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
     if _waits(x):
         found = activations.of_call(f, (x, *args), kwargs)
-        if found is not None and not watched():
+        if found is not None:
             return _compute(x, *found)
     pending = getattr(f, "pending", f) if type(f) is types.FunctionType else f
     return pending(value(x), *args, **kwargs)
@@ -286,7 +293,7 @@ def _method(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
     return pending(f.__self__, value(x), *args, **kwargs)
 
 
-def _convolve(conv: Any, x: Any) -> Any:
+def _convolve(conv: Any, d: dict[str, Any], x: Any) -> Any:
     x = value(x)
     if type(x) is not Tensor:
         return conv(x)
@@ -308,25 +315,24 @@ def _run(conv: Any, input: Any) -> Any:
     weight = parameters.get("weight")
     if function is None or type(weight) is not Parameter or d["padding_mode"] != "zeros":
         return conv(input)
-    options = d["stride"], d["padding"], d["dilation"], d["groups"]
-    return function(input, weight, parameters.get("bias"), *options)
+    bias = parameters.get("bias")
+    return function(input, weight, bias, d["stride"], d["padding"], d["dilation"], d["groups"])
 
 
-def _normalize(bn: Any, x: Any) -> Any:
-    d = bn.__dict__
+def _normalize(bn: Any, d: dict[str, Any], x: Any) -> Any:
     conv, folded = None, False
     if type(x) is Convolution and x.conv is not None:
         conv = x.conv
-        folded = d.get("fold_conv") and x.output is None and fold.applies(conv, bn, x.input)
-        input = x.input if folded else _convolved(x)
+        if d.get("fold_conv") and x.output is None and fold.applies(conv, bn, x.input):
+            folded, input = True, x.input
+        else:
+            input = _convolved(x)
     else:
         input = value(x)
-    vectors = bn._vectors()
-    if d["inplace"] or not (folded or _fits(input, bn._ranks, vectors)):
+    if d["inplace"] or not (folded or _fits(input, bn)):
         return bn(_convolved(x) if folded else input)
     n = Normalized()
-    n.bn, n.vectors, n.conv, n.folded = bn, vectors, conv, folded
-    n.input = input
+    n.bn, n.conv, n.folded, n.input = bn, conv, folded, input
     n.other = n.output = n.bias = None
     n.grad, n.inference = _grad_enabled(), _inference()
     if d["activation"] is not None:
@@ -334,30 +340,19 @@ def _normalize(bn: Any, x: Any) -> Any:
     return n
 
 
-_VECTOR = {Tensor, Parameter, type(None)}
-
-
-def _fits(input: Any, ranks: tuple[int, ...], vectors: tuple[Any, ...]) -> bool:
+def _fits(input: Any, bn: Any) -> bool:
     """Whether there is nothing to complain about."""
-    if type(input) is not Tensor:
+    if type(input) is not Tensor or not input.is_floating_point():
         return False
-    mean, var, weight, bias = vectors
-    rank = input.dim()
-    return (
-        (rank in ranks if ranks else rank > 1)
-        and type(mean) is Tensor
-        and type(var) is Tensor
-        and type(weight) in _VECTOR
-        and type(bias) in _VECTOR
-        and input.size(1) == mean.numel()
-        and input.is_floating_point()
-    )
+    rank, ranks = input.dim(), bn._ranks
+    fits = rank in ranks if ranks else rank > 1
+    return fits and input.size(1) == bn._vectors()[0].numel()
 
 
-def _activate(f: Any, x: Any) -> Any:
+def _activate(f: Any, d: dict[str, Any], x: Any) -> Any:
     """An activation, or an identity."""
     if type(x) is Normalized and _waits(x):
-        found = activations.of_module(f)
+        found = _without_options.get(type(f)) or activations.of_module(f)
         if found is not None:
             return x if found.name is None else _compute(x, *found)
     elif type(x) is Convolution and type(f) is nn.Identity:
@@ -365,11 +360,16 @@ def _activate(f: Any, x: Any) -> Any:
     return f(value(x))
 
 
-def sequence(modules: Any, x: Any) -> Any:
+def _sequence(modules: Any, d: dict[str, Any], x: Any) -> Any:
     """What ``nn.Sequential`` does."""
-    for module in modules._modules.values():
+    for module in d["_modules"].values():
         x = call(module, x)
     return x
+
+
+def sequence(modules: nn.Module, x: Any) -> Any:
+    """What the forward of a Sequential is."""
+    return value(_sequence(modules, modules.__dict__, x))
 
 
 # Sums and kernels
@@ -406,11 +406,7 @@ def _takes(n: Any, other: Any) -> bool:
 
 
 def _trains(n: Normalized) -> bool:
-    return n.grad and any(v is not None and v.requires_grad for v in n.vectors[2:])
-
-
-def _statistics(n: Normalized) -> Statistics:
-    return Statistics(*n.vectors, n.bn.eps)
+    return n.grad and any(v is not None and v.requires_grad for v in n.bn._vectors()[2:])
 
 
 def _unfold(n: Normalized) -> None:
@@ -420,7 +416,7 @@ def _unfold(n: Normalized) -> None:
         return
     conv, n.folded = n.conv, fold.is_trained(n.conv, n.bn) or not has_kernels(n.input)
     if n.folded:
-        n.input, n.bias = fold.convolve(conv, _statistics(n), n.input, True)
+        n.input, n.bias = fold.convolve(conv, n.bn.statistics(), n.input, True)
     else:
         n.input = _run(conv, n.input)
 
@@ -439,30 +435,35 @@ def _compute(n: Normalized, activation: str | None = None, slope: float = 0.01) 
 
 def _kernel(n: Normalized, activation: str | None, slope: float) -> Any:
     """All that is pending, by one call."""
-    other, weight = n.other, n.vectors[2]
-    folded = n.folded
+    bn, other, folded = n.bn, n.other, n.folded
     if folded and (other is not None or activation is not None):
         _unfold(n)
-    saved = n.grad and (activation in _SMOOTH or (weight is not None and weight.requires_grad))
-    in_place = n.conv is not None and not n.folded and not saved
-    if in_place and n.input.requires_grad and not n.grad:
-        in_place = False  # it would be a result that requires grad
+    in_place = n.conv is not None and not n.folded and _may_overwrite(n, activation)
     if recorders:
         _record(n, activation, folded, in_place and not folded)
-    if n.folded and n.bias is None:
-        return fold.convolve(n.conv, _statistics(n), n.input, False)[0]
     if n.folded:
+        if n.bias is None:
+            return fold.convolve(n.conv, bn.statistics(), n.input, False)[0]
         return functional.activate(n.input, n.bias, other, activation, slope)
     if type(other) is Normalized:
-        branches = n.input, _statistics(n), other.input, _statistics(other)
+        branches = n.input, bn.statistics(), other.input, other.bn.statistics()
         options: dict[str, Any] = {"activation": activation, "negative_slope": slope}
         return frozen_batch_norm_pair(*branches, **options, inplace=in_place)
-    arguments = (n.input, *n.vectors, n.bn.eps, activation, slope, other, in_place, ())
-    output = functional.call(*arguments)
+    d = bn.__dict__
+    vectors = n.input, d["_buffers"], d["_parameters"], d["eps"]
+    output = functional.call_layer(*vectors, activation, slope, other, in_place, ())
     if output is NotImplemented:
-        options = {"activation": activation, "negative_slope": slope, "inplace": in_place}
-        output = frozen_batch_norm(*arguments[:6], residual=other, **options)  # type: ignore[arg-type]
+        output = bn.normalize(n.input, other, activation, slope, in_place)
     return output
+
+
+def _may_overwrite(n: Normalized, activation: str | None) -> bool:
+    """Whether the output may take the place of an input that nothing else has."""
+    if not n.grad:  # then it would be a result that requires grad
+        return not n.input.requires_grad
+    weight = n.bn._vectors()[2]
+    saved = activation in _SMOOTH or (weight is not None and weight.requires_grad)
+    return not (saved or _functorch_active() or forward_ad._current_level >= 0)
 
 
 def _record(n: Normalized, activation: str | None, folded: bool, in_place: bool) -> None:
