@@ -3,6 +3,7 @@ a C++ compiler; CUDA kernels wherever there are also a CUDA toolkit and a torch 
 
 FORCE_CUDA=1             stop if the CUDA half cannot be built
 FROZEN_BN_CUDA=0         do not build it
+FROZEN_BN_NODE=0         do not build the autograd node
 FROZEN_BN_CUDA_ARCHS=    all: for every architecture; one: where there is no GPU, for just one
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, PYTORCH_NVCC: as for any torch extension
 
@@ -127,14 +128,17 @@ def extensions() -> tuple[list, dict]:
             include_dirs=[pybind11.get_include(), facts_dir],
             extra_compile_args={"cxx": [*cxx, stable_abi]},
         ),
-        # For this torch only. Under another one, Python does the same.
-        CppExtension(
-            "frozen_bn._node",
-            ["csrc/node.cpp"],
-            include_dirs=[facts_dir],
-            extra_compile_args={"cxx": cxx},
-        ),
     ]
+    if os.environ.get("FROZEN_BN_NODE") != "0":
+        # For this torch only. Under another one, Python does the same.
+        modules.append(
+            CppExtension(
+                "frozen_bn._node",
+                ["csrc/node.cpp"],
+                include_dirs=[facts_dir],
+                extra_compile_args={"cxx": cxx},
+            )
+        )
     if reason is None:
         several = re.search("[; ]", architectures)
         many = [f"--threads={jobs}", *small(cuda_home)] if several else []

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import ACTIVATIONS, pythons_node
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -371,6 +372,16 @@ def test_the_node_is_called_by_hand():
     (expected,) = torch.autograd.grad(y, x, grad, retain_graph=True)
     with torch.no_grad():
         assert torch.equal(y.grad_fn(grad)[0], expected)
+
+
+@needs_compiled
+def test_compiled_autograd_is_told_what_to_do():
+    y = frozen_batch_norm(torch.randn(SHAPE, requires_grad=True), *vectors())
+    with (
+        compiled_autograd._enable(lambda graph: graph),
+        pytest.raises(NotImplementedError, match="FROZEN_BN_NODE=0 in the environment"),
+    ):
+        y.sum().backward()
 
 
 @both_nodes

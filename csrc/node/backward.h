@@ -68,7 +68,7 @@ struct BackwardNode final : Node {
     const Tensor* const tensors[] = {&s.coefficients, &s.mask,   &s.input,
                                      &s.residual,     &s.weight, &s.bias};
     for (size_t i = 0; i < kSaved; ++i) {
-      if (tensors[i]->defined()) saved_[i] = SavedVariable(*tensors[i], false);
+      if (tensors[i]->defined()) saved_[i].emplace(*tensors[i], false);
     }
   }
 
@@ -78,7 +78,9 @@ struct BackwardNode final : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& saved : saved_) saved.reset_data();
+    for (auto& saved : saved_) {
+      if (saved) saved->reset_data();
+    }
   }
 
   variable_list apply(variable_list&& gradients) override {
@@ -101,13 +103,13 @@ struct BackwardNode final : Node {
 
  private:
   static constexpr size_t kSaved = 6;
-  SavedVariable saved_[kSaved];
+  std::optional<SavedVariable> saved_[kSaved];
   std::mutex mutex_;  // of what is saved: another thread may release it
 
   Saved unpack() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return {saved_[0].unpack(), saved_[1].unpack(), saved_[2].unpack(),
-            saved_[3].unpack(), saved_[4].unpack(), saved_[5].unpack()};
+    const auto tensor = [&](size_t i) { return saved_[i] ? saved_[i]->unpack() : Tensor(); };
+    return {tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5)};
   }
 
   // Whether nobody would notice if it was written over: no other tensor, storage or foreign memory

@@ -59,7 +59,6 @@ inline Tensor make(
 }
 
 inline Tensor make_like(const Tensor& t) {
-  if (t.is_contiguous()) return make(t.sizes(), t.scalar_type(), t);
   if (!t.is_non_overlapping_and_dense()) return at::empty_like(t);
   return make(t.sizes(), t.strides(), t.scalar_type(), t);
 }
