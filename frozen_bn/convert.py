@@ -145,10 +145,13 @@ def convert_frozen_bn(
         module: changed in place.
         freeze_affine: weight and bias become buffers, which no optimizer sees. If false, they stay
             the same Parameter objects, with their ``requires_grad``.
-        fuse: also merge what stands next to a frozen layer in the ``forward`` that calls it into
-            its kernel: the activation after it, a sum with another tensor (or with another frozen
+        fuse: also merge what stands next to a frozen layer, in a method that calls it, into its
+            kernel: the activation after it, a sum with another tensor (or with another frozen
             layer) and the activation after that; and overwrite the output of a convolution that
-            nothing else reads. See :func:`summary` for what was merged, or why not.
+            nothing else reads. Modules that call frozen layers get a class derived from their own,
+            of the same name, in which these methods are rewritten (:func:`fused_source`), and
+            decide as they run. See :func:`summary` for what was merged, or why not. Does nothing
+            where the environment has ``FROZEN_BN_FUSE=0``.
         fold_conv: the same, but fold what follows a convolution into its weight and bias, at every
             call, so that gradients reach the weight and a trainable affine as before. Where none is
             wanted of them, the pass of an activation or sum that follows does it all instead. For

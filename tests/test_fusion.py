@@ -425,3 +425,33 @@ def test_a_subclass_of_tensor_sees_every_call():
     y = fused(x.as_subclass(Mine))
     assert {torch.conv2d, frozen_batch_norm, F.relu} <= {*Mine.seen}
     torch.testing.assert_close(y.as_subclass(Tensor), plain(x))
+
+
+class InnerDefaults(Parts):
+    def forward(self, x):
+        def inner(x, factor=[2.0]):  # noqa: B006
+            factor[0] += 1
+            return self.bn1(self.conv1(x * factor[0]))
+
+        return self.relu(inner(x)) + self.relu(inner(x))
+
+
+class NamesItself(Parts):
+    def forward(self, x):
+        return NamesItself.scaled(self.relu(self.bn1(self.conv1(x))))
+
+    @staticmethod
+    def scaled(x):
+        return x * 2
+
+
+def test_a_method_that_names_its_class():
+    plain, fused = both(NamesItself)
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_defaults_of_an_inner_function():
+    plain, fused = both(InnerDefaults)
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(fused(x), plain(x))

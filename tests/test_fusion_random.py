@@ -337,6 +337,8 @@ def assert_alike(seed: int) -> bool:
         told = f"seed {seed}, grad {grad}, flag {flag}\n{text}\n{source_of(fused)}"
         if expected[0] and expected[0][0] == "backward" and actual[0] is None:
             continue  # it saves less, so that less is written over
+        if actual[0] and actual[0][0] == "backward" and expected[0] is None and "silu" in text:
+            continue  # a smooth activation saves what was given to the layer
         assert actual[0] == expected[0], told
         assert actual[2] == expected[2], told
         for a, b in zip(actual[1], expected[1], strict=True):

@@ -21,7 +21,7 @@ from .rewrite import Path, Rewritten, rewrite
 from .source import LeftAlone, build
 
 _lock = threading.RLock()
-_HOLDERS = {"children", "named_children", "modules", "named_modules", "_modules"}
+_HOLDERS = {"children", "named_children", "modules", "named_modules", "_modules", "items", "values"}
 
 
 class Made(NamedTuple):

@@ -19,15 +19,18 @@ from .classes import made, only_holds, reasons
 from .source import LeftAlone, tree
 
 UNKNOWN: Any = object()
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Gt: operator.gt,
-    ast.Lt: operator.lt,
-    ast.GtE: operator.ge,
-    ast.LtE: operator.le,
+_HELD = (dict, list, tuple, set, frozenset)
+_COMPARISONS: dict[type[ast.cmpop], tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
+    ast.Is: (operator.is_, ()),
+    ast.IsNot: (operator.is_not, ()),
+    ast.Eq: (operator.eq, ()),
+    ast.NotEq: (operator.ne, ()),
+    ast.Gt: (operator.gt, ()),
+    ast.Lt: (operator.lt, ()),
+    ast.GtE: (operator.ge, ()),
+    ast.LtE: (operator.le, ()),
+    ast.In: (lambda a, b: a in b, _HELD),
+    ast.NotIn: (lambda a, b: a not in b, _HELD),
 }
 _DEEPEST = 20  # methods that call each other
 _LONGEST = 1000  # turns of a loop
@@ -204,24 +207,19 @@ class _Run:
     def decide(self, test: ast.expr) -> bool | None:
         """What a test of the instance's attributes says."""
         if isinstance(test, ast.BoolOp):
-            known = [self.decide(value) for value in test.values]
+            each = [self.decide(value) for value in test.values]
             decisive = isinstance(test.op, ast.Or)
-            return decisive if decisive in known else None if None in known else not decisive
+            return decisive if decisive in each else None if None in each else not decisive
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             inner = self.decide(test.operand)
             return None if inner is None else not inner
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
             a, b = self.object(test.left), self.object(test.comparators[0])
-            compare = _COMPARISONS.get(type(test.ops[0]))
-            plain = all(
-                v is None or isinstance(v, bool | int | float | str | nn.Module) for v in (a, b)
-            )
-            return bool(compare(a, b)) if plain and compare else None
+            compare, kinds = _COMPARISONS.get(type(test.ops[0]), (None, ()))
+            known = _is_plain(a) and (_is_plain(b) or isinstance(b, kinds))
+            return bool(compare(a, b)) if known and compare else None
         found = self.object(test)
-        plain = found is None or isinstance(found, bool | int | float | str | nn.Module)
-        return (
-            found is not None and (isinstance(found, nn.Module) or bool(found)) if plain else None
-        )
+        return bool(found) if _is_plain(found) else None
 
     # Expressions
 
@@ -424,6 +422,10 @@ class _Run:
             for kind in (nn.ModuleList, nn.Sequential)
         )
         return [*found._modules.values()] if held else []
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | nn.Module)
 
 
 def _hashable(f: object) -> bool:

@@ -88,7 +88,10 @@ def observed(root: nn.Module, inputs: tuple[Any, ...]) -> dict[nn.Module, Fate]:
     def note(merge: steps.Merge) -> None:
         own = merge.layer.activation is not None and merge.conv is None  # nothing to do with fusing
         merged = " + ".join(filter(None, (merge.added, merge.activation))) * (not own)
-        found[merge.layer] = Fate(merged, "?" * merge.folded, merge.in_place, "", merge.conv)
+        new = Fate(merged, "?" * merge.folded, merge.in_place, "", merge.conv)
+        if merge.conv is None and merge.layer in found:  # computed before, and then added
+            new = found[merge.layer]._replace(merged=merged)
+        found[merge.layer] = new
 
     steps.recorders.append(note)
     try:

@@ -44,7 +44,7 @@ _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
 
 _PURE = (
     *(ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.Tuple, ast.UnaryOp),
-    *(ast.unaryop, ast.expr_context),
+    *(ast.Compare, ast.BoolOp, ast.cmpop, ast.boolop, ast.unaryop, ast.expr_context, ast.keyword),
 )
 
 #: Attributes of the instance, one in the other, by which a callee is reached.
@@ -166,10 +166,8 @@ class _Scope:
 
     def _find_waiting(self) -> None:
         """The variables of its own that are assigned what a step returns."""
-        captured = (
-            {n for c in source.codes(self.code) for n in c.co_freevars} if self.code else set()
-        )
-        own = {*self.code.co_varnames} - captured if self.code else set()
+        captured = {name for code in source.codes(self.code) for name in code.co_freevars}
+        own = {*self.code.co_varnames} - captured
         pairs = [(cast(str, _target(p)), cast(Any, p).value) for p in self.parts if _target(p)]
         while True:
             before = len(self.waiting)
@@ -204,8 +202,8 @@ class _Scope:
 
     def _calls(self, call: ast.Call) -> bool:
         """Whether it calls something that the instance has."""
-        path = self.path(call.func)
-        return bool(path) or (path is not None and not isinstance(call.func, ast.Name))
+        itself = isinstance(call.func, ast.Name) and call.func.id == self.method.self_name
+        return not itself and self.path(call.func) is not None
 
     def _is_method(self, call: ast.Call) -> bool:
         f = call.func
@@ -358,9 +356,14 @@ class _Scope:
         return None
 
     def _at_once(self, name: str, rest: Sequence[ast.stmt]) -> bool:
-        """Whether nothing is called before a step takes what the variable has."""
+        """Whether nothing is called before what the variable has is read."""
         s = rest[0] if rest else None
-        if not isinstance(s, _SIMPLE) or name not in self._taken(s):
+        if isinstance(s, ast.If) and _is_pure(s.test) and not _mentions(s.test, name):
+            return all(self._at_once(name, block or rest[1:]) for block in (s.body, s.orelse))
+        if isinstance(s, ast.Assign) and _target(s) not in (None, name) and _is_pure(s.value):
+            if not _mentions(s.value, name):
+                return self._at_once(name, rest[1:])
+        if not isinstance(s, _SIMPLE) or all(n.id != name for n in _loads(s)):
             return False
         node = next(n for n in _loads(s) if n.id == name)
         calls = [p for p in _own([s]) if isinstance(p, ast.Call | ast.Await | ast.NamedExpr)]
@@ -453,7 +456,8 @@ class _Scope:
         new.body = _Scope(self.method, s, codes[0]).body()
         scope = _Scope(self.method, s, codes[0], pending=True)
         raw.body, raw.name = scope.body(), self.method.new_name(f"{s.name}_pending")
-        if not scope.returned or s.decorator_list:
+        defaults = [*s.args.defaults, *filter(None, s.args.kw_defaults)]  # evaluated once
+        if not scope.returned or s.decorator_list or defaults:
             return [new]
         place = ast.Attribute(ast.Name(s.name, ast.Load()), "pending", ast.Store())
         hand = ast.Assign([place], ast.Name(raw.name, ast.Load()))

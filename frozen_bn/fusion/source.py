@@ -102,10 +102,12 @@ def build(
     method = ast.FunctionDef(node.name, bare(node.args), node.body, [])
     scope = ast.ClassDef(owner, [], [], [method], []) if owner else method
     cells = [ast.arg(name) for name in {*old.co_freevars, *given} - {"__class__"}]
-    outer = ast.FunctionDef(
-        "<outer>", ast.arguments([], cells, None, [], [], None, []), [scope], []
-    )
-    for part in (method, scope, outer):
+    arguments = ast.arguments([], cells, None, [], [], None, [])
+    body: list[ast.stmt] = [scope]
+    if owner and owner not in old.co_freevars:  # or the method would find this class by its name
+        body.insert(0, ast.Global([owner]))
+    outer = ast.FunctionDef("<outer>", arguments, body, [])
+    for part in (method, *body, outer):
         ast.copy_location(part, node)
     module = ast.fix_missing_locations(ast.Module([outer], []))
     flags = old.co_flags & __future__.annotations.compiler_flag

@@ -81,6 +81,7 @@ class Normalized:
 
     bias: Tensor | None
     bn: _FrozenBatchNorm
+    branch: _FrozenBatchNorm | None  # whose output is added
     conv: Any
     folded: bool
     grad: bool
@@ -333,7 +334,7 @@ def _normalize(bn: Any, d: dict[str, Any], x: Any) -> Any:
         return bn(_convolved(x) if folded else input)
     n = Normalized()
     n.bn, n.conv, n.folded, n.input = bn, conv, folded, input
-    n.other = n.output = n.bias = None
+    n.other = n.output = n.bias = n.branch = None
     n.grad, n.inference = _grad_enabled(), _inference()
     if d["activation"] is not None:
         _compute(n, d["activation"], d["negative_slope"])
@@ -396,6 +397,7 @@ def _takes(n: Any, other: Any) -> bool:
         and other.other is None
         and not (n.folded or other.folded or _trains(n) or _trains(other))
     )
+    n.branch = other.bn if _waits(other) and other.other is None else None
     addend, x = other.input if pair else value(other), n.input
     if type(addend) is not Tensor or addend.shape != x.shape:
         return False
@@ -468,11 +470,12 @@ def _may_overwrite(n: Normalized, activation: str | None) -> bool:
 
 def _record(n: Normalized, activation: str | None, folded: bool, in_place: bool) -> None:
     other = n.other
-    pair = type(other) is Normalized
-    added = "two branches" if pair else "add" if other is not None else ""
+    added = "two branches" if n.branch is not None else "add" if other is not None else ""
     merges = [Merge(n.bn, added, activation, n.conv, folded, in_place)]
-    if pair:
+    if type(other) is Normalized:
         merges.append(Merge(other.bn, added, activation, other.conv, False, other.conv is not None))
+    elif n.branch is not None:
+        merges.append(Merge(n.branch, added, activation, None, False, False))
     for recorder in recorders:
         for merge in merges:
             recorder(merge)
