@@ -20,6 +20,8 @@ _MODULES: dict[object, str | None] = {
     nn.Hardswish: "hardswish",
 }
 
+TORCHS: Any = tuple(_MODULES)
+
 #: Those of other libraries: module, name.
 _LIBRARY_MODULES = {
     ("timm.layers.activations", "Swish"): "silu",

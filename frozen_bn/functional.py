@@ -360,7 +360,7 @@ def activate(
 ) -> Tensor:
     """``act(input + bias + residual)`` by the same kernels, with a bias ``[C]``, written over
     ``input`` where autograd does not need it."""
-    if not has_kernels(input):
+    if is_transformed() or not has_kernels(input):
         total = input
         if bias is not None:
             total = total + bias.to(input.dtype).reshape([-1] + [1] * (input.dim() - 2))
@@ -368,6 +368,7 @@ def activate(
             total = total + residual
         return reference.activate(total, activation, negative_slope)
     code = _code(activation)
-    inplace = not (code in SMOOTH and torch.is_grad_enabled())
+    kept = (code in SMOOTH and torch.is_grad_enabled()) or torch._C._len_torch_dispatch_stack() > 0
+    inplace = not kept
     mean, var = _identity(input.shape[1], torch.float32, input.device)
     return run(input, mean, var, None, bias, residual, 0.0, code, negative_slope, inplace, True)

@@ -62,10 +62,13 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """For copies and pickles: they name the class that this one was made from."""
     kind: Any = next(k for k in type(self).__mro__ if "_frozen_bn" in vars(k))
     reduced = super(kind, self).__reduce_ex__(protocol)
-    if type(self) is not kind or not isinstance(reduced, tuple) or kind not in reduced[1]:
+    if type(self) is not kind or not isinstance(reduced, tuple):
         return reduced
     function, args, *rest = reduced
     written = kind._frozen_bn.written
+    if not any(part is kind for part in (function, *args)):
+        return reduced
+    function = written if function is kind else function
     given = tuple(written if arg is kind else arg for arg in args)
     return (_remade, (written, function, given), *rest)
 
@@ -105,7 +108,7 @@ def _rewritten(written: type) -> tuple[dict[str, Rewritten], dict[str, str]]:
         try:
             found = (
                 _sequential(written)
-                if function is nn.Sequential.forward
+                if function is steps.SEQUENTIAL
                 else rewrite(function, name, written, steps)
             )
         except LeftAlone as reason:
@@ -114,7 +117,7 @@ def _rewritten(written: type) -> tuple[dict[str, Rewritten], dict[str, str]]:
         if found is not None:
             methods[name] = found
             if found.pending is not None:
-                found.function.pending = found.pending  # type: ignore[attr-defined]
+                found.function._pending = found.function, found.pending  # type: ignore[attr-defined]
     return methods, reasons
 
 
@@ -126,14 +129,14 @@ def _methods(written: type) -> Iterator[tuple[str, FunctionType]]:
     names -= {*vars(nn.Module)} - {"forward"}
     for name in sorted(names | {"forward"}):
         function = next((vars(k)[name] for k in written.__mro__ if name in vars(k)), None)
-        sequential = function is nn.Sequential.forward and not steps.is_sequential(written)
+        sequential = function is steps.SEQUENTIAL and not steps.is_sequential(written)
         if isinstance(function, FunctionType) and not (name.startswith("__") or sequential):
             yield name, function
 
 
 def _sequential(written: type) -> Rewritten:
     """The forward of a Sequential, which needs no source."""
-    forward = cast(FunctionType, nn.Sequential.forward)
+    forward = cast(FunctionType, steps.SEQUENTIAL)
     head = "    if steps.aside(owner.forward, written):\n"
     head += "        return owner.forward(self, input)\n"
     body = "def forward(self, input):\n{}    return steps.sequence(self, input)"

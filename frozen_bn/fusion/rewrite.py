@@ -18,7 +18,7 @@ import ast
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -34,7 +34,7 @@ Node = TypeVar("Node", bound=ast.AST)
 _METHODS = {name for name in activations._FUNCTIONS if isinstance(name, str)} | {"add", "add_"}
 
 #: With these, a function sees its variables otherwise than by reading them.
-_REFUSED = {"locals", "vars", "eval", "exec"}
+_REFUSED = {"locals", "vars", "eval", "exec", "f_locals", "_getframe", "currentframe"}
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -60,12 +60,19 @@ class Rewritten(NamedTuple):
     paths: frozenset[Path]  # what the steps call
 
 
-def _own(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
+def _own(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
     """All in ``nodes``, but for what is in functions and classes inside."""
     for node in nodes:
         yield node
-        if not isinstance(node, _SCOPES):
-            yield from _own([*ast.iter_child_nodes(node)])
+        yield from _own(_outside(node) if isinstance(node, _SCOPES) else ast.iter_child_nodes(node))
+
+
+def _outside(scope: Any) -> list[ast.AST]:
+    """What of a function or class is evaluated where it is defined."""
+    arguments = getattr(scope, "args", None)
+    defaults = [*arguments.defaults, *filter(None, arguments.kw_defaults)] if arguments else []
+    fields = ("decorator_list", "bases", "keywords")
+    return [*defaults, *(part for field in fields for part in getattr(scope, field, []))]
 
 
 def _loads(node: ast.AST) -> Iterator[ast.Name]:
@@ -246,7 +253,31 @@ class _Scope:
             new = self.step("add", self.raw(e.left, e.right), self.raw(e.right), at=e)
         else:
             new = self._call(cast(ast.Call, e))
-        return new if all(map(_is_pure, later)) else self.step("settle", new, at=e)
+        return self._kept(new, later)
+
+    def _kept(self, new: ast.expr, later: Sequence[ast.AST]) -> ast.expr:
+        """``new``, as far computed as ``later`` makes it necessary."""
+        if all(map(_is_pure, later)):
+            return new
+        return self.step("settle" if all(map(self._is_harmless, later)) else "value", new, at=new)
+
+    def _is_harmless(self, e: ast.AST) -> bool:
+        """Whether it calls nothing but layers, which change no other layer."""
+        return all(
+            isinstance(part, (*_PURE, ast.BinOp, ast.operator))
+            or (isinstance(part, ast.Call) and self._is_layer(part.func))
+            for part in ast.walk(e)
+        )
+
+    def _is_layer(self, e: ast.expr) -> bool:
+        """Whether it is no method or function, as far as the class tells."""
+        path = self.path(e)
+        found = getattr(self.method.owner_class, path[0], None) if path else None
+        return (
+            path is not None
+            and (found is None or isinstance(found, property))
+            and not (isinstance(e, ast.Name) and self.callees.get(e.id) == (e.id,))
+        )
 
     def _call(self, e: ast.Call) -> ast.expr:
         args, keywords = self._arguments(e)
@@ -325,7 +356,9 @@ class _Scope:
         """Whether each turn of the loop begins by assigning it."""
         body = cast(ast.For, self.loops[-1]).body
         first = next((s for s in body if _mentions(s, name)), body[0])
-        return _target(first) == name and all(n.id != name for n in _loads(first))
+        inside = {n for s in body for n in _loads(s)}
+        others = {n for n in _loads(self.loops[0]) if n.id == name} - inside
+        return _target(first) == name and not others and all(n.id != name for n in _loads(first))
 
     def _taken(self, s: ast.AST) -> set[str]:
         """The variables of which a step in ``s`` takes what is pending."""
@@ -360,14 +393,33 @@ class _Scope:
         s = rest[0] if rest else None
         if isinstance(s, ast.If) and _is_pure(s.test) and not _mentions(s.test, name):
             return all(self._at_once(name, block or rest[1:]) for block in (s.body, s.orelse))
-        if isinstance(s, ast.Assign) and _target(s) not in (None, name) and _is_pure(s.value):
-            if not _mentions(s.value, name):
-                return self._at_once(name, rest[1:])
+        plain = isinstance(s, ast.Assign) and _target(s) not in (None, name) and _is_pure(s.value)
+        if plain and not _mentions(cast(ast.Assign, s).value, name):
+            return self._at_once(name, rest[1:])
         if not isinstance(s, _SIMPLE) or all(n.id != name for n in _loads(s)):
             return False
+        if any(isinstance(p, ast.IfExp | ast.Starred) for p in _own([s])):
+            return False  # evaluated in another order than written
         node = next(n for n in _loads(s) if n.id == name)
         calls = [p for p in _own([s]) if isinstance(p, ast.Call | ast.Await | ast.NamedExpr)]
         return all(node in ast.walk(c) or _position(c) > _position(node) for c in calls)
+
+    def _untouched(self, name: str, rest: Sequence[ast.stmt]) -> bool:
+        """Whether until a step takes what the variable has, nothing is called but layers."""
+        for s in rest:
+            if isinstance(s, ast.If) and self._is_harmless(s.test):
+                if not all(self._untouched(name, block) for block in (s.body, s.orelse)):
+                    return False
+            elif name in self.method.names_in(s):
+                first = next((n for n in _loads(s) if n.id == name), None)
+                calls = [p for p in _own([s]) if isinstance(p, ast.Call)]
+                return first is None or all(
+                    first in ast.walk(c) or _position(c) > _position(first) or self._is_harmless(c)
+                    for c in calls
+                )
+            elif not (isinstance(s, ast.Assign) and _target(s) and self._is_harmless(s.value)):
+                return False
+        return True
 
     # Statements
 
@@ -383,7 +435,7 @@ class _Scope:
         if isinstance(s, ast.FunctionDef):
             return self.function(s)
         if isinstance(s, ast.ClassDef | ast.AsyncFunctionDef):
-            return [s]
+            return [self._defined(s)]
         if isinstance(s, (ast.If, ast.Match, *_LOOPS, *_BORDERED)):
             return [self.compound(s, rest)]
         name = _target(s)
@@ -401,7 +453,7 @@ class _Scope:
         if isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Add):
             taken = self._consumed(cast(ast.Name, s.target))
             a = read if taken else self.step("value", read, at=s)
-            a = a if _is_pure(s.value) else self.step("settle", a, at=s)
+            a = self._kept(a, [s.value])
             value = self.step("iadd", a, self.raw(s.value), at=s)
         elif isinstance(s, ast.AugAssign):
             before = ast.Assign([store], self.step("value", read, at=s))
@@ -413,7 +465,8 @@ class _Scope:
         if not self._waits(name, rest):
             value = self.step("value", value, at=s)
         elif not self._at_once(name, rest):
-            value = self.step("settle", value, at=s)
+            kept = self._untouched(name, rest)
+            value = self.step("settle" if kept else "value", value, at=s)
         return [ast.copy_location(ast.Assign([store], value), s)]
 
     def compound(self, s: ast.stmt, rest: Sequence[ast.stmt]) -> ast.stmt:
@@ -444,23 +497,32 @@ class _Scope:
         self.bordered -= bordered
         return new
 
+    def _defined(self, s: Node) -> Node:
+        """A function or class, where it is defined."""
+        new = copy.copy(s)
+        for field in ("decorator_list", "bases", "keywords", "args"):
+            if hasattr(s, field):
+                setattr(new, field, self._field(getattr(s, field)))
+        return new
+
     def function(self, s: ast.FunctionDef) -> list[ast.stmt]:
         """An inner function; and one that returns what is pending."""
         inside = [c for c in self.code.co_consts if isinstance(c, CodeType)]
         codes = [
             c for c in inside if (c.co_firstlineno, c.co_name) == (source.first_line(s), s.name)
         ]
+        new, raw = self._defined(s), copy.copy(s)
         if len(codes) != 1 or any(isinstance(p, ast.Yield | ast.YieldFrom) for p in _own(s.body)):
-            return [s]
-        new, raw = copy.copy(s), copy.copy(s)
+            return [new]
         new.body = _Scope(self.method, s, codes[0]).body()
         scope = _Scope(self.method, s, codes[0], pending=True)
         raw.body, raw.name = scope.body(), self.method.new_name(f"{s.name}_pending")
         defaults = [*s.args.defaults, *filter(None, s.args.kw_defaults)]  # evaluated once
         if not scope.returned or s.decorator_list or defaults:
             return [new]
-        place = ast.Attribute(ast.Name(s.name, ast.Load()), "pending", ast.Store())
-        hand = ast.Assign([place], ast.Name(raw.name, ast.Load()))
+        itself = ast.Name(s.name, ast.Load())
+        both = ast.Tuple([itself, ast.Name(raw.name, ast.Load())], ast.Load())
+        hand = ast.Assign([ast.Attribute(itself, "_pending", ast.Store())], both)
         raw.returns, raw.args = None, source.bare(s.args)
         return [new, raw, ast.fix_missing_locations(ast.copy_location(hand, s))]
 
@@ -468,7 +530,8 @@ class _Scope:
 class _Method:
     """What the scopes of one method share."""
 
-    def __init__(self, node: ast.FunctionDef, function: FunctionType) -> None:
+    def __init__(self, node: ast.FunctionDef, function: FunctionType, owner: type) -> None:
+        self.owner_class = owner
         arguments = [*node.args.posonlyargs, *node.args.args]
         self.self_name = arguments[0].arg if arguments else ""
         self.globals = function.__globals__
@@ -512,12 +575,13 @@ def rewrite(function: FunctionType, name: str, owner: type, steps: object) -> Re
         LeftAlone: it has to stay as it is.
     """
     node, place = source.tree(function)
-    method = _Method(node, function)
+    method = _Method(node, function, owner)
     scopes = [_Scope(method, node, function.__code__, pending) for pending in (False, True)]
     bodies = [scope.body() for scope in scopes]
     if not method.paths:
         return None
-    refused = method.used & _REFUSED
+    attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    refused = (method.used | attributes) & _REFUSED
     if refused:
         raise LeftAlone(f"it uses {min(refused)}")
     given = {method.steps: steps, method.owner: owner, method.written: function}

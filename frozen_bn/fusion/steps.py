@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -30,20 +31,29 @@ from ..modules import _FrozenBatchNorm
 from ..pair import frozen_batch_norm_pair
 from . import fold
 
-_CONVOLUTIONS: dict[type, Any] = {
-    nn.Conv1d: torch.conv1d,
-    nn.Conv2d: torch.conv2d,
-    nn.Conv3d: torch.conv3d,
+_CONVOLUTIONS: dict[type, str | None] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
     nn.ConvTranspose1d: None,
     nn.ConvTranspose2d: None,
     nn.ConvTranspose3d: None,
 }
+_OF_CONVOLUTIONS = ("forward", "_conv_forward", "_output_padding")
+
+#: What torch's classes do, as it was at first: somebody may patch them.
+_originals = {
+    kind: {name: getattr(kind, name, None) for name in _OF_CONVOLUTIONS}
+    for kind in (*_CONVOLUTIONS, *activations.TORCHS, nn.Sequential)
+}
+SEQUENTIAL = nn.Sequential.forward
 _SMOOTH = {ACTIVATIONS[code] for code in SMOOTH}
 _module_call = nn.Module.__call__
 _hooks, _pre_hooks = internals._global_forward_hooks, internals._global_forward_pre_hooks
 _backward_hooks = internals._global_backward_hooks
 _backward_pre_hooks = internals._global_backward_pre_hooks
 _modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
@@ -141,7 +151,11 @@ def _learn(kind: type) -> _Kind:
         found = _Kind(_convolve, forward)
     elif _is_frozen(kind):
         found = _Kind(_normalize, forward)
-    elif issubclass(kind, nn.Module) and activations.is_known(kind):
+    elif (
+        issubclass(kind, nn.Module)
+        and activations.is_known(kind)
+        and (kind not in _originals or _is_original(kind, kind))
+    ):
         found = _Kind(_activate, forward)
         name = activations.without_options(kind)
         if name is not None:
@@ -156,10 +170,16 @@ def _learn(kind: type) -> _Kind:
 def is_convolution(kind: type) -> bool:
     """Whether it is one of torch's classes, or computes what that does."""
     base: Any = next((base for base in kind.__mro__ if base in _CONVOLUTIONS), None)
-    names = ("forward", "_conv_forward", "_output_padding")
-    return base is not None and all(
-        getattr(kind, name, None) is getattr(base, name, None) for name in names
-    )
+    return base is not None and _is_called(kind) and _is_original(kind, base)
+
+
+def _is_original(kind: type, base: type) -> bool:
+    return all(getattr(kind, name, None) is _originals[base][name] for name in _OF_CONVOLUTIONS)
+
+
+def _is_called(kind: Any) -> bool:
+    """Whether calling it is calling its forward."""
+    return kind.__call__ is _module_call
 
 
 def _is_frozen(kind: Any) -> bool:
@@ -169,6 +189,7 @@ def _is_frozen(kind: Any) -> bool:
     names = ("forward", "normalize", "check_rank", "_vectors")
     own = all(getattr(kind, name) is getattr(_FrozenBatchNorm, name) for name in names)
     vectors = (getattr(kind, name, None) for name in fold.VECTORS)
+    own = own and _is_called(kind)
     return own and not any(isinstance(vector, property) for vector in vectors)
 
 
@@ -177,7 +198,8 @@ def is_sequential(kind: Any) -> bool:
     forward = getattr(kind, "forward", None)
     return (
         issubclass(kind, nn.Sequential)
-        and getattr(forward, "written", forward) is nn.Sequential.forward
+        and _is_called(kind)
+        and getattr(forward, "written", forward) is SEQUENTIAL
         and kind.__iter__ is nn.Sequential.__iter__
     )
 
@@ -246,7 +268,7 @@ def add(a: Any, b: Any, function: Any = operator.add) -> Any:
     if function is operator.add or function is torch.add:
         if _takes(a, b):
             return a
-        if _takes(b, a):
+        if _takes(b, a, second=True):
             return b
     return function(value(a), value(b))
 
@@ -263,7 +285,7 @@ def method(x: Any, name: str, *args: Any) -> Any:
             x
             if _takes(x, args[0])
             else args[0]
-            if _takes(args[0], x)
+            if _takes(args[0], x, second=True)
             else value(x).add(value(args[0]))
         )
     if name == "add_":
@@ -271,7 +293,7 @@ def method(x: Any, name: str, *args: Any) -> Any:
     if _waits(x):
         found = activations.of_call(name, (x,), {})
         if found is not None:
-            return _compute(x, *found)
+            return _finish(x, *found)
     return getattr(value(x), name)()
 
 
@@ -282,21 +304,21 @@ def _function(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
     if _waits(x):
         found = activations.of_call(f, (x, *args), kwargs)
         if found is not None:
-            return _compute(x, *found)
-    pending = getattr(f, "pending", f) if type(f) is types.FunctionType else f
-    return pending(value(x), *args, **kwargs)
+            return _finish(x, *found)
+    itself, pending = getattr(f, "_pending", (None, f))
+    return (pending if itself is f else f)(value(x), *args, **kwargs)
 
 
 def _method(f: Any, x: Any, args: Any, kwargs: Any) -> Any:
-    pending = getattr(f.__func__, "pending", None)
-    if pending is None:
-        return f(value(x), *args, **kwargs)
-    return pending(f.__self__, value(x), *args, **kwargs)
+    itself, pending = getattr(f.__func__, "_pending", (None, f))
+    if itself is f.__func__:  # functools.wraps copies attributes
+        return pending(f.__self__, value(x), *args, **kwargs)
+    return f(value(x), *args, **kwargs)
 
 
 def _convolve(conv: Any, d: dict[str, Any], x: Any) -> Any:
     x = value(x)
-    if type(x) is not Tensor:
+    if type(x) is not Tensor or "_conv_forward" in d:
         return conv(x)
     c = Convolution()
     c.conv, c.input, c.output = conv, x, None
@@ -314,10 +336,11 @@ def _run(conv: Any, input: Any) -> Any:
     d = conv.__dict__
     function, parameters = _CONVOLUTIONS.get(type(conv)), d["_parameters"]
     weight = parameters.get("weight")
-    if function is None or type(weight) is not Parameter or d["padding_mode"] != "zeros":
+    plain = type(weight) is Parameter and "bias" in parameters and d["padding_mode"] == "zeros"
+    if function is None or not plain:
         return conv(input)
-    bias = parameters.get("bias")
-    return function(input, weight, bias, d["stride"], d["padding"], d["dilation"], d["groups"])
+    options = d["stride"], d["padding"], d["dilation"], d["groups"]
+    return getattr(F, function)(input, weight, parameters["bias"], *options)
 
 
 def _normalize(bn: Any, d: dict[str, Any], x: Any) -> Any:
@@ -337,7 +360,7 @@ def _normalize(bn: Any, d: dict[str, Any], x: Any) -> Any:
     n.other = n.output = n.bias = n.branch = None
     n.grad, n.inference = _grad_enabled(), _inference()
     if d["activation"] is not None:
-        _compute(n, d["activation"], d["negative_slope"])
+        _finish(n, d["activation"], d["negative_slope"])
     return n
 
 
@@ -347,15 +370,15 @@ def _fits(input: Any, bn: Any) -> bool:
         return False
     rank, ranks = input.dim(), bn._ranks
     fits = rank in ranks if ranks else rank > 1
-    return fits and input.size(1) == bn._vectors()[0].numel()
+    return fits and input.size(1) == bn.num_features
 
 
 def _activate(f: Any, d: dict[str, Any], x: Any) -> Any:
     """An activation, or an identity."""
-    if type(x) is Normalized and _waits(x):
+    if _waits(x):
         found = _without_options.get(type(f)) or activations.of_module(f)
         if found is not None:
-            return x if found.name is None else _compute(x, *found)
+            return x if found.name is None else _finish(x, *found)
     elif type(x) is Convolution and type(f) is nn.Identity:
         return x
     return f(value(x))
@@ -386,8 +409,8 @@ def _waits(x: Any) -> bool:
     )
 
 
-def _takes(n: Any, other: Any) -> bool:
-    """Whether ``n`` can add ``other``, and then does."""
+def _takes(n: Any, other: Any, second: bool = False) -> bool:
+    """Whether ``n`` can add ``other``, and then does; ``second``: to it, of whose strides it is."""
     if not _waits(n) or n.other is not None or n is other:
         return False
     if n.folded:
@@ -402,6 +425,8 @@ def _takes(n: Any, other: Any) -> bool:
     if type(addend) is not Tensor or addend.shape != x.shape:
         return False
     if addend.dtype != x.dtype or addend.device != x.device:
+        return False
+    if second and addend.stride() != x.stride():
         return False
     n.other = other if pair else addend
     return True
@@ -423,15 +448,20 @@ def _unfold(n: Normalized) -> None:
         n.input = _run(conv, n.input)
 
 
-def _compute(n: Normalized, activation: str | None = None, slope: float = 0.01) -> Any:
-    """The value of ``n``; an activation only of what waits."""
-    if n.output is None:
-        if n.grad is _grad_enabled() and n.inference is _inference():
-            n.output = _kernel(n, activation, slope)
-        else:  # a call in between changed it
-            with torch.inference_mode(n.inference), torch.set_grad_enabled(n.grad):
-                n.output = _kernel(n, activation, slope)
-        n.input = n.other = n.bias = n.conv = None
+def _compute(n: Normalized) -> Any:
+    """The value of ``n``, in the modes in which it was written."""
+    if n.output is not None:
+        return n.output
+    if n.grad is _grad_enabled() and n.inference is _inference():
+        return _finish(n)
+    with torch.inference_mode(n.inference), torch.set_grad_enabled(n.grad):
+        return _finish(n)
+
+
+def _finish(n: Normalized, activation: str | None = None, slope: float = 0.01) -> Any:
+    """All that waits, and an activation of it."""
+    n.output = _kernel(n, activation, slope)
+    n.input = n.other = n.bias = n.conv = None
     return n.output
 
 
@@ -461,9 +491,11 @@ def _kernel(n: Normalized, activation: str | None, slope: float) -> Any:
 
 def _may_overwrite(n: Normalized, activation: str | None) -> bool:
     """Whether the output may take the place of an input that nothing else has."""
-    if not n.grad:  # then it would be a result that requires grad
-        return not n.input.requires_grad
-    weight = n.bn._vectors()[2]
+    if n.input.is_inference() is not n.inference or _dispatch_modes():
+        return False  # or somebody keeps what operators return
+    if not n.grad:
+        return not n.input.requires_grad  # nor would the result
+    weight = n.bn.__dict__["_parameters"].get("weight")
     saved = activation in _SMOOTH or (weight is not None and weight.requires_grad)
     return not (saved or _functorch_active() or forward_ad._current_level >= 0)
 
