@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
 import inspect
 import os
 import pickle
 import subprocess
 import sys
 import traceback
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_in_norm, merged, outputs_and_gradients, randomize_, runs_fused
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -455,3 +458,195 @@ def test_defaults_of_an_inner_function():
     plain, fused = both(InnerDefaults)
     x = torch.randn(IMAGE)
     torch.testing.assert_close(fused(x), plain(x))
+
+
+# What a reader who had not seen it broke
+
+
+def logged(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args) * 2
+
+    return wrapper
+
+
+class Odd(Parts):
+    def spoil(self, x):
+        with torch.no_grad():
+            x.detach().mul_(2)
+        return x
+
+    def switched(self, x, i):
+        self.bn1.running_mean.fill_(i)
+        return self.bn1(self.conv1(x))
+
+
+def other_statistics_for_each_call(self, x):
+    a = self.switched(x, 0)
+    b = self.switched(x, 3)
+    return self.relu(a + b)
+
+
+def another_eps_in_between(self, x):
+    out = self.bn1(self.conv1(x))
+    self.bn1.eps = 0.5
+    out = self.relu(out)
+    return out
+
+
+def another_weight_in_between(self, x):
+    out = self.bn1(self.conv1(x))
+    z = self.bn1.weight.data.fill_(2)
+    out = self.relu(out)
+    return out * z.mean()
+
+
+def read_by_the_test_of_a_loop(self, x):
+    raw, y, n = x, x, 0
+    while n < 3 and raw.detach().mean() < 10:
+        n += 1
+        raw = self.conv1(y)
+        y = self.relu(self.bn1(raw))
+    return y + raw
+
+
+def read_by_an_outer_loop(self, x):
+    kept, previous = [], None
+    for k in range(3):
+        if k > 0:
+            kept.append(previous)
+        for conv in (self.conv1,):
+            previous = conv(x)
+            z = self.relu(self.bn1(previous))
+    return sum(kept) + z
+
+
+def a_wrapped_inner_function(self, x):
+    def inner(y):
+        return self.bn1(self.conv1(y))
+
+    inner = logged(inner)
+    return self.relu(inner(x))
+
+
+def a_test_that_is_evaluated_first(self, x):
+    y = self.bn1(x)
+    return self.relu(y) if self.spoil(x).sum() > -1e9 else y
+
+
+def a_default_of_a_lambda(self, x):
+    out = self.conv1(x)
+    y = self.relu(self.bn1(out))
+    return y + (lambda a=out: a)()
+
+
+def a_default_of_a_generator(self, x):
+    out = self.conv1(x)
+
+    def generator(a=out):
+        yield a
+
+    return self.relu(self.bn1(out)) + next(generator())
+
+
+def a_base_of_a_class(self, x):
+    out = self.conv1(x)
+
+    class Result(dict if out.numel() > 1 else list):
+        pass
+
+    return self.relu(self.bn1(out)) * (1 + issubclass(Result, dict))
+
+
+def forward_mode_inside(self, x):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        return forward_ad.unpack_dual(self.relu(self.bn1(self.conv1(dual)))).tangent + 0 * x
+
+
+def gradients_inside(self, x):
+    return torch.func.grad(lambda y: self.relu(self.bn1(self.conv1(y))).square().sum())(x)
+
+
+def inference_by_hand(self, x):
+    mode = torch.inference_mode()
+    mode.__enter__()
+    y = self.conv1(x)
+    mode.__exit__(None, None, None)
+    return self.bn1(y) + x
+
+
+ODD = [other_statistics_for_each_call, another_eps_in_between, another_weight_in_between]
+ODD += [read_by_the_test_of_a_loop, read_by_an_outer_loop, a_wrapped_inner_function]
+ODD += [a_test_that_is_evaluated_first, a_default_of_a_lambda, a_default_of_a_generator]
+ODD += [a_base_of_a_class, forward_mode_inside, gradients_inside, inference_by_hand]
+
+
+@pytest.mark.parametrize("options", [{}, {"fold_conv": True}], ids=str)
+@pytest.mark.parametrize("forward", ODD)
+def test_odd_methods(forward, options):
+    x = torch.randn(IMAGE)
+    for grad in (True, False):
+        kind = type("Net", (Odd,), {"forward": forward})
+        plain, fused = both(kind, **options)
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(fused(x.clone()), plain(x.clone()), rtol=1e-4, atol=1e-5)
+
+
+def doubled(self, x, weight, bias):
+    return nn.Conv2d._conv_forward(self, x, weight, bias) * 2
+
+
+def own_conv_forward(net):
+    net.conv1._conv_forward = types.MethodType(doubled, net.conv1)
+
+
+def bias_of_a_buffer(net):
+    del net.conv1.bias
+    net.conv1.register_buffer("bias", torch.full((C,), 5.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"fold_conv": True}], ids=str)
+@pytest.mark.parametrize("change", [own_conv_forward, bias_of_a_buffer])
+def test_what_is_changed_on_the_instance_or_class_is_obeyed(change, options):
+    kind = type("Net", (AnotherMethod,), {})
+    plain, fused = both(kind, **options)
+    for net in (plain, fused):
+        change(net)
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_whose_class_is_patched_deeper(monkeypatch):
+    plain, fused = both(AnotherMethod)
+    fused(torch.ones(IMAGE))
+    original = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *args: original(*args) * 2)
+    torch.testing.assert_close(fused(torch.ones(IMAGE)), plain(torch.ones(IMAGE)))
+
+
+def test_selective_checkpointing_of_convolutions():
+    plain, fused = both(Dropping)
+    make = checkpoint.create_selective_checkpoint_contexts
+    context = functools.partial(make, [torch.ops.aten.convolution.default])
+    x = torch.randn(IMAGE)
+    for net in (plain, fused):
+        net.drop = nn.Identity()
+    results = []
+    for net in (plain, fused):
+        leaf = x.clone().requires_grad_()
+        y = checkpoint.checkpoint(net.body, leaf, use_reentrant=False, context_fn=context)
+        y.square().sum().backward()
+        results.append((y, leaf.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+class MadeAnew(AnotherMethod):
+    def __reduce__(self):
+        return type(self), ()
+
+
+def test_a_class_that_says_how_it_is_made():
+    _, fused = both(MadeAnew)
+    assert type(pickled(fused)) is type(fused)

@@ -275,6 +275,7 @@ class _Scope:
         found = getattr(self.method.owner_class, path[0], None) if path else None
         return (
             path is not None
+            and len(path) < 2  # else it may be a method of a layer, or of its weight
             and (found is None or isinstance(found, property))
             and not (isinstance(e, ast.Name) and self.callees.get(e.id) == (e.id,))
         )

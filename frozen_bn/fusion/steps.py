@@ -47,6 +47,7 @@ _originals = {
     for kind in (*_CONVOLUTIONS, *activations.TORCHS, nn.Sequential)
 }
 SEQUENTIAL = nn.Sequential.forward
+_conv_forwards = {kind: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _SMOOTH = {ACTIVATIONS[code] for code in SMOOTH}
 _module_call = nn.Module.__call__
 _hooks, _pre_hooks = internals._global_forward_hooks, internals._global_forward_pre_hooks
@@ -334,10 +335,10 @@ def _convolved(c: Convolution) -> Any:
 def _run(conv: Any, input: Any) -> Any:
     """``conv(input)``, where nothing is hooked to it."""
     d = conv.__dict__
-    function, parameters = _CONVOLUTIONS.get(type(conv)), d["_parameters"]
-    weight = parameters.get("weight")
+    kind, parameters = type(conv), d["_parameters"]
+    function, weight = _CONVOLUTIONS.get(kind), parameters.get("weight")
     plain = type(weight) is Parameter and "bias" in parameters and d["padding_mode"] == "zeros"
-    if function is None or not plain:
+    if function is None or not plain or kind._conv_forward is not _conv_forwards[kind]:
         return conv(input)
     options = d["stride"], d["padding"], d["dilation"], d["groups"]
     return getattr(F, function)(input, weight, parameters["bias"], *options)
