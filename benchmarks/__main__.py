@@ -3,7 +3,7 @@ used instead, in one run, in turns.
 
   op        one layer on real shapes: forward, backward, both, without gradients, in place
   model     whole networks: training step, forward pass without gradients
-  overhead  time a call on a tensor of 1x64x2x2
+  overhead  time a call on a tensor of 1x64x2x2, and of networks on tensors as small
   memory    bytes saved for the backward pass, and peak memory, of layers and networks
   roofline  bytes and launches of the CUDA kernels: counted without a GPU
   all       all of these
@@ -101,6 +101,8 @@ def jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
 
     if "overhead" in wanted:
         yield "overhead", partial(op.overhead, settings("overhead"))
+        for workload in model_peers.SMALL[: 1 if options.quick else None]:
+            yield workload.name, partial(model.host, workload, settings("overhead"))
     if "op" in wanted:
         for case, in_place in op.cases(options.quick, options.batch):
             if chosen(case.name):

@@ -56,6 +56,26 @@ def bench(
     return rows
 
 
+def host(workload: Workload, settings: Settings) -> list[Row]:
+    """Every contender on a network whose tensors are too small to matter, with one thread, and no
+    gradients but that of the input."""
+    torch.set_num_threads(1)
+    nets = networks(workload, compiled=False)
+    image = torch.randn(workload.shape, device=settings.device, requires_grad=True)
+    rows = []
+    for mode, call in (
+        ("forward", lambda net: net(image)),
+        ("forward+backward", lambda net: net(image).sum().backward()),
+        (NO_GRAD, lambda net: _without_gradients(partial(net, image))),
+    ):
+        calls = {n: partial(call, net.to(settings.device)) for n, net in nets.items()}
+        for net in nets.values():
+            net.requires_grad_(False)
+        problem = "model", workload.name, "fp32", "contiguous", workload.shape
+        rows += timed(problem, mode, measure(calls, settings.plan, settings.device), role)
+    return rows
+
+
 def _without_gradients(loss: Callable[[], Tensor]) -> None:
     with torch.no_grad():
         loss()

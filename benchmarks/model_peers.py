@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual  # type: ignore[import-untyped]
+from torchvision.models.resnet import BasicBlock, Bottleneck  # type: ignore[import-untyped]
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
 
 import frozen_bn
@@ -29,7 +31,7 @@ FOLDED = "frozen_bn, folded"
 #: timm's module does what torchvision's does, with the same operators.
 EXPLAINED = (
     "A training step is forward, backward and SGD; the affine is frozen in all. BN deleted: the "
-    "network without its batch normalizations, the floor. fused: convert_frozen_bn(fuse=True); "
+    "network with nn.Identity for its batch normalizations, the floor. fused: convert_frozen_bn(); "
     "folded: fold_conv=True. compiled: torch.compile of the network (of a detector's backbone)."
 )
 
@@ -69,6 +71,20 @@ WORKLOADS = {
     "mobilenetv2": Workload("MobileNetV2", torchvision.models.mobilenet_v2, 4, 224),
     "fasterrcnn": Workload("Faster R-CNN", _faster_rcnn, 2, 800, detection=True),
 }
+
+
+def _chain(channels: int, block: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, channels, 1), *(block() for _ in range(8)))
+
+
+#: Whose tensors are too small to matter: what is measured is Python.
+SMALL = [
+    Workload("8 BasicBlocks", lambda: _chain(8, lambda: BasicBlock(8, 8)), 1, 4),
+    Workload("8 Bottlenecks", lambda: _chain(32, lambda: Bottleneck(32, 8)), 1, 4),
+    Workload("8 InvertedResiduals", lambda: _chain(8, lambda: InvertedResidual(8, 8, 1, 2)), 1, 4),
+    Workload("ResNet-50", torchvision.models.resnet50, 1, 32),
+    Workload("MobileNetV2", torchvision.models.mobilenet_v2, 1, 32),
+]
 
 
 def _batch_norms(module: nn.Module) -> list[nn.Module]:
@@ -160,8 +176,8 @@ def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Modul
         DELETED: _replace(copy.deepcopy(live), lambda bn: nn.Identity()),
         EVAL: _in_eval_mode(copy.deepcopy(live)),
         TORCHVISION: torchvision_net(),
-        PLAIN: frozen(),
-        FUSED: frozen(fuse=True),
+        PLAIN: frozen(fuse=False),
+        FUSED: frozen(),
         FOLDED: frozen(fold_conv=True),
     }
     if compiled:

@@ -109,7 +109,14 @@ def _is_pure(e: ast.AST) -> bool:
 
 
 class _Scope:
-    """Rewrites one function; ``code`` is what it was compiled to."""
+    """Rewrites one function; ``code`` is what it was compiled to. Of a variable that is assigned
+    what a step returns, and of the statements behind it, it asks:
+
+    _waits      is the next that reads it a step, so that it is worth to wait?
+    _at_once    is it read before anything is called, so that nothing can change?
+    _untouched  else, is nothing called but layers until then, so that ``settle`` is enough?
+    _consumed   at a reading: is that the last of this value, so that it may be written over?
+    """
 
     def __init__(
         self, method: _Method, node: ast.FunctionDef, code: CodeType, pending: bool = False

@@ -5,8 +5,8 @@ A step may be given, and return, what is pending: a convolution, or a batch norm
 for what follows. ``rewrite`` makes sure that nothing else sees it, and that what it is made of does
 not change in between.
 
-To merge another layer (say, batch normalization + max pool): give its class a handler in
-``_learn``, as ``_activate`` is that of activations, and have ``_kernel`` call a kernel for it.
+To merge another layer, give its class a handler in ``_learn``, as ``_activate`` is that of
+activations, and have ``_kernel`` call a kernel for it (CONTRIBUTING, "How fusion works").
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ def value(x: Any) -> Any:
 
 
 def settle(x: Any) -> Any:
-    """``x``, computed as far as it rests on what others may change before the next step."""
+    """``x``, computed as far as it rests on what layers may change that are called before the next
+    step: not on statistics and weights."""
     kind = type(x)
     if kind is Convolution:
         _convolved(x)
