@@ -110,9 +110,7 @@ def _named(root: nn.Module, found: dict[nn.Module, Fate]) -> dict[nn.Module, Fat
             fate = found.get(layer, Fate())
             if fate.folded_into and fate.conv is not None:
                 fate = fate._replace(folded_into=names.get(fate.conv, "a convolution"))
-            if not (fate.merged or fate.folded_into or fate.in_place) and "fold_conv" in vars(
-                layer
-            ):
+            if _is_fused(layer) and not (fate.merged or fate.folded_into or fate.in_place):
                 fate = Fate(reason=_reason(root, layer))
             result[layer] = fate
     return result

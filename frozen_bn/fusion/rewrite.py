@@ -593,13 +593,16 @@ def rewrite(function: FunctionType, name: str, owner: type, steps: object) -> Re
     if refused:
         raise LeftAlone(f"it uses {min(refused)}")
     given = {method.steps: steps, method.owner: owner, method.written: function}
-    built = []
-    for body in bodies:
+
+    def with_body(body: list[ast.stmt]) -> ast.FunctionDef:
         new = copy.copy(node)
         new.body = [method.prologue(node, name), *body]
-        built.append((source.build(function, new, place, given), new))
-    (plain, text), (pending, _) = built
-    returns = scopes[1].returned and name != "forward"
-    return Rewritten(
-        plain, pending if returns else None, ast.unparse(text), frozenset(method.paths)
-    )
+        return new
+
+    def build(new: ast.FunctionDef) -> FunctionType:
+        return source.build(function, new, place, given)
+
+    plain = with_body(bodies[0])
+    returns = scopes[1].returned and name != "forward"  # which only steps would call
+    pending = build(with_body(bodies[1])) if returns else None
+    return Rewritten(build(plain), pending, ast.unparse(plain), frozenset(method.paths))

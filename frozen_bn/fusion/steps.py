@@ -47,7 +47,6 @@ _originals = {
     for kind in (*_CONVOLUTIONS, *activations.TORCHS, nn.Sequential)
 }
 SEQUENTIAL = nn.Sequential.forward
-_conv_forwards = {kind: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _SMOOTH = {ACTIVATIONS[code] for code in SMOOTH}
 _module_call = nn.Module.__call__
 _hooks, _pre_hooks = internals._global_forward_hooks, internals._global_forward_pre_hooks
@@ -282,16 +281,12 @@ def iadd(a: Any, b: Any) -> Any:
 
 def method(x: Any, name: str, *args: Any) -> Any:
     """``x.name(...)``, of an activation or a sum."""
-    if name == "add":
-        return (
-            x
-            if _takes(x, args[0])
-            else args[0]
-            if _takes(args[0], x, second=True)
-            else value(x).add(value(args[0]))
-        )
-    if name == "add_":
-        return x if _takes(x, args[0]) else value(x).add_(value(args[0]))
+    if name in ("add", "add_"):
+        if _takes(x, args[0]):
+            return x
+        if name == "add" and _takes(args[0], x, second=True):
+            return args[0]
+        return getattr(value(x), name)(value(args[0]))
     if _waits(x):
         found = activations.of_call(name, (x,), {})
         if found is not None:
@@ -339,7 +334,7 @@ def _run(conv: Any, input: Any) -> Any:
     kind, parameters = type(conv), d["_parameters"]
     function, weight = _CONVOLUTIONS.get(kind), parameters.get("weight")
     plain = type(weight) is Parameter and "bias" in parameters and d["padding_mode"] == "zeros"
-    if function is None or not plain or kind._conv_forward is not _conv_forwards[kind]:
+    if function is None or not plain or kind._conv_forward is not _originals[kind]["_conv_forward"]:
         return conv(input)
     options = d["stride"], d["padding"], d["dilation"], d["groups"]
     return getattr(F, function)(input, weight, parameters["bias"], *options)
@@ -417,12 +412,8 @@ def _takes(n: Any, other: Any, second: bool = False) -> bool:
         return False
     if n.folded:
         _unfold(n)
-    pair = (
-        _waits(other)
-        and other.other is None
-        and not (n.folded or other.folded or _trains(n) or _trains(other))
-    )
-    n.branch = other.bn if _waits(other) and other.other is None else None
+    branch = other.bn if _waits(other) and other.other is None else None
+    pair = branch is not None and not (n.folded or other.folded or _trains(n) or _trains(other))
     addend, x = other.input if pair else value(other), n.input
     if type(addend) is not Tensor or addend.shape != x.shape:
         return False
@@ -430,7 +421,7 @@ def _takes(n: Any, other: Any, second: bool = False) -> bool:
         return False
     if second and addend.stride() != x.stride():
         return False
-    n.other = other if pair else addend
+    n.other, n.branch = other if pair else addend, branch
     return True
 
 
