@@ -2,47 +2,12 @@
 // operators behind it are those of every torch >= 2.10, and Python has the same node over them
 // (frozen_bn/functional.py, pair.py) for every other torch, for what is no plain tensor, and
 // wherever somebody watches: a TorchDispatchMode, say.
-#include "node/forward.h"
-
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include "node/steps.h"
 
 #include "built.h"  // written by setup.py
 
 namespace frozen_bn {
 namespace {
-
-// ---- From Python
-
-// False, with or without a Python error, for what Python's node has to see itself.
-bool read(PyObject* object, const Tensor*& tensor, bool optional = false) {
-  if (optional && object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
-  tensor = &THPVariable_Unpack(object);
-  return is_ordinary(*tensor);
-}
-
-bool read(PyObject* object, double& number) {
-  if (!PyFloat_Check(object) && !PyLong_Check(object)) return false;
-  number = PyFloat_AsDouble(object);
-  return !PyErr_Occurred();
-}
-
-bool read(PyObject* object, int64_t& number) {
-  number = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
-  return number >= 0 && number < kActivations;
-}
-
-bool read(PyObject* object, bool& flag) {
-  flag = object == Py_True;
-  return flag || object == Py_False;
-}
-
-bool read_vectors(PyObject* const* objects, Statistics& s) {
-  return read(objects[0], s.mean) && read(objects[1], s.var) && read(objects[2], s.weight, true) &&
-         read(objects[3], s.bias, true);
-}
 
 bool read_run(PyObject* const* o, Py_ssize_t count, Arguments& a) {
   return count == 11 && nobody_watches() && read(o[0], a.input) &&
@@ -58,12 +23,6 @@ bool read_run_pair(PyObject* const* o, Py_ssize_t count, Arguments& a) {
          read(o[6], a.residual) && read_vectors(o + 7, a.residual_statistics) &&
          read(o[11], a.residual_statistics.eps) && read(o[12], a.code) &&
          read(o[13], a.negative_slope) && read(o[14], a.inplace);
-}
-
-// ---- To Python
-
-PyObject* wrap(PyObject* input, const Arguments& a, Tensor output) {
-  return a.inplace ? Py_NewRef(input) : THPVariable_Wrap(std::move(output));
 }
 
 PyObject* fall_back(PyObject* function, PyObject* const* objects, Py_ssize_t count) {
@@ -87,43 +46,6 @@ PyObject* run_pair_fast(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-bool has_rank(const Tensor& t, PyObject* ranks) {
-  if (!PyTuple_Check(ranks)) return ranks == Py_None;
-  const Py_ssize_t count = PyTuple_GET_SIZE(ranks);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    if (PyLong_AsLongLong(PyTuple_GET_ITEM(ranks, i)) == t.dim()) return true;
-  }
-  return count == 0;
-}
-
-// In the memory order that the output is to have (reference.in_torchs_order).
-bool is_in_torchs_order(const Tensor& t) {
-  return t.is_contiguous() || (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
-         (t.dim() == 5 && t.is_contiguous(at::MemoryFormat::ChannelsLast3d));
-}
-
-// What the two below have in common: options are activation, negative_slope, residual, inplace and
-// the numbers of dimensions that the input may have. NotImplemented where this is no call of `run`.
-PyObject* call(PyObject* input, Arguments& a, PyObject* const* options) {
-  const bool simple =
-      !at::impl::torch_function_mode_enabled() && !forward_mode() && read(input, a.input) &&
-      read(options[1], a.negative_slope) && read(options[2], a.residual, true) &&
-      read(options[3], a.inplace) && has_rank(*a.input, options[4]) &&
-      !a.statistics.mean->requires_grad() && !a.statistics.var->requires_grad() &&
-      (a.input->is_cpu() || (python().cuda == Py_True && a.input->scalar_type() != at::kDouble));
-  PyObject* const code = simple ? PyDict_GetItemWithError(python().codes, options[0]) : nullptr;
-  if (!code || !read(code, a.code)) {
-    PyErr_Clear();
-    Py_RETURN_NOTIMPLEMENTED;
-  }
-  Tensor ordered;
-  if (!a.inplace && !is_in_torchs_order(*a.input)) {
-    ordered = a.input->contiguous();
-    a.input = &ordered;
-  }
-  return wrap(input, a, run(a));
-}
-
 // (input, running_mean, running_var, weight, bias, eps, *options)
 PyObject* call_fast(PyObject*, PyObject* const* o, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -137,26 +59,11 @@ PyObject* call_fast(PyObject*, PyObject* const* o, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Of a module that has its vectors among its buffers, or its parameters:
 // (input, buffers, parameters, eps, *options)
 PyObject* call_layer_fast(PyObject*, PyObject* const* o, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  static PyObject* const names[] = {
-      PyUnicode_InternFromString("running_mean"), PyUnicode_InternFromString("running_var"),
-      PyUnicode_InternFromString("weight"), PyUnicode_InternFromString("bias")};
-  Arguments a;
-  PyObject* vectors[std::size(names)] = {};
-  bool simple = count == 9 && nobody_watches() && PyDict_Check(o[1]) && PyDict_Check(o[2]);
-  for (size_t i = 0; simple && i < std::size(names); ++i) {
-    vectors[i] = PyDict_GetItemWithError(o[1], names[i]);
-    if (!vectors[i]) vectors[i] = PyDict_GetItemWithError(o[2], names[i]);
-    simple = vectors[i] != nullptr;
-  }
-  if (simple && read_vectors(vectors, a.statistics) && read(o[3], a.statistics.eps)) {
-    return call(o[0], a, o + 4);
-  }
-  PyErr_Clear();
-  Py_RETURN_NOTIMPLEMENTED;
+  if (count != 9) Py_RETURN_NOTIMPLEMENTED;
+  return call_layer(o[0], o[1], o[2], o[3], o + 4);
   END_HANDLE_TH_ERRORS
 }
 
@@ -173,6 +80,59 @@ PyObject* bind(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// ---- Steps
+
+// What a step in C++ came to, or else Python's.
+PyObject* or_python(
+    PyObject* result, PyObject* function, PyObject* const* objects, Py_ssize_t count) {
+  if (result || PyErr_Occurred()) return result;
+  return PyObject_Vectorcall(function, objects, count, nullptr);
+}
+
+PyObject* call_step(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return or_python(count == 2 ? called(o[0], o[1]) : nullptr, steps().call, o, count);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* value_step(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return or_python(count == 1 ? value_of(o[0]) : nullptr, steps().value, o, count);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* settle_step(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const bool settled = count == 1 && is_settled(o[0]);
+  return or_python(settled ? Py_NewRef(o[0]) : nullptr, steps().settle, o, count);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* add_step(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  PyObject* sum = nullptr;
+  if (count == 2) {  // operator.add
+    const Taken first = takes(o[0], o[1], false);
+    if (first == Taken::kYes) sum = o[0];
+    if (first == Taken::kNo && takes(o[1], o[0], true) == Taken::kYes) sum = o[1];
+  }
+  return or_python(Py_XNewRef(sum), steps().add, o, count);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* iadd_step(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const bool taken = count == 2 && takes(o[0], o[1], false) == Taken::kYes;
+  return or_python(taken ? Py_NewRef(o[0]) : nullptr, steps().iadd, o, count);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* watched_step(PyObject*, PyObject* const* o, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return or_python(surely_unseen() ? Py_NewRef(Py_False) : nullptr, steps().seen, o, count);
+  END_HANDLE_TH_ERRORS
+}
+
 using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
 PyMethodDef method(const char* name, FastFunction function) {
@@ -187,9 +147,19 @@ PyMethodDef method(const char* name, FastFunction function) {
 PyMODINIT_FUNC PyInit__node() {
   using namespace frozen_bn;
   static PyMethodDef methods[] = {
-      method("run", &run_fast),   method("run_pair", &run_pair_fast),
-      method("call", &call_fast), method("call_layer", &call_layer_fast),
-      method("bind", &bind),      {nullptr, nullptr, 0, nullptr}};
+      method("run", &run_fast),
+      method("run_pair", &run_pair_fast),
+      method("call", &call_fast),
+      method("call_layer", &call_layer_fast),
+      method("bind", &bind),
+      method("call_step", &call_step),
+      method("value_step", &value_step),
+      method("settle_step", &settle_step),
+      method("add_step", &add_step),
+      method("iadd_step", &iadd_step),
+      method("watched_step", &watched_step),
+      method("bind_steps", &bind_steps),
+      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT,
       "_node",

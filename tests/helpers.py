@@ -24,13 +24,16 @@ ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"]
 
 @contextmanager
 def pythons_node() -> Iterator[None]:
-    """Within, Python's autograd node serves."""
-    functional, pair = (importlib.import_module(f"frozen_bn.{m}") for m in ("functional", "pair"))
+    """Within, Python's autograd node serves, and Python's steps."""
+    modules = ("functional", "pair", "fusion.steps")
+    functional, pair, steps = (importlib.import_module(f"frozen_bn.{m}") for m in modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "run", functional._run)
         patch.setattr(functional, "call", functional._not_called)
         patch.setattr(functional, "call_layer", functional._not_called)
         patch.setattr(pair, "run", pair._run)
+        for name in ("watched", "call", "value", "settle", "add", "iadd"):
+            patch.setattr(steps, name, getattr(steps, f"_{name}"))
         yield
 
 

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn.modules import module as internals
 from torch.utils._device import DeviceContext
 
-from .. import activations, functional
+from .. import activations, functional, node
 from ..checks import ACTIVATIONS, SMOOTH
 from ..functional import _functorch_active, _tracing_state, has_kernels
 from ..modules import _FrozenBatchNorm
@@ -105,7 +105,7 @@ class Normalized:
 # Who sees each call
 
 
-def watched() -> bool:
+def _watched() -> bool:
     """Whether somebody sees each call, so that none may be left out."""
     return bool(
         _functorch_active()
@@ -207,7 +207,7 @@ def is_sequential(kind: Any) -> bool:
 # Steps
 
 
-def call(f: Any, x: Any) -> Any:
+def _call(f: Any, x: Any) -> Any:
     """``f(x)``; may be given and return what is pending."""
     kind = type(f)
     handler, forward = _kinds.get(kind) or _learn(kind)
@@ -237,7 +237,7 @@ def call_with(f: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return handler(f, x, args, kwargs)
 
 
-def value(x: Any) -> Any:
+def _value(x: Any) -> Any:
     """``x``, computed if it is pending. From now on others may have it."""
     kind = type(x)
     if kind is Normalized:
@@ -249,7 +249,7 @@ def value(x: Any) -> Any:
     return x
 
 
-def settle(x: Any) -> Any:
+def _settle(x: Any) -> Any:
     """``x``, computed as far as it rests on what layers may change that are called before the next
     step: not on statistics and weights."""
     kind = type(x)
@@ -264,7 +264,7 @@ def settle(x: Any) -> Any:
     return x
 
 
-def add(a: Any, b: Any, function: Any = operator.add) -> Any:
+def _add(a: Any, b: Any, function: Any = operator.add) -> Any:
     """``function(a, b)``, which is a sum, unless it has been replaced."""
     if function is operator.add or function is torch.add:
         if _takes(a, b):
@@ -274,7 +274,7 @@ def add(a: Any, b: Any, function: Any = operator.add) -> Any:
     return function(value(a), value(b))
 
 
-def iadd(a: Any, b: Any) -> Any:
+def _iadd(a: Any, b: Any) -> Any:
     """What ``a`` is after ``a += b``."""
     return a if _takes(a, b) else operator.iadd(value(a), value(b))  # type: ignore[no-untyped-call]
 
@@ -504,3 +504,27 @@ def _record(n: Normalized, activation: str | None, folded: bool, in_place: bool)
     for recorder in recorders:
         for merge in merges:
             recorder(merge)
+
+
+# The steps, as they are above, or in C++ (csrc/node/steps.h), which does what is usual and leaves
+# the rest to those above.
+
+watched: Callable[[], bool] = _watched
+call: Callable[[Any, Any], Any] = _call
+value: Callable[[Any], Any] = _value
+settle: Callable[[Any], Any] = _settle
+add: Callable[..., Any] = _add
+iadd: Callable[[Any, Any], Any] = _iadd
+if node.compiled is not None:
+    compiled = node.compiled
+    _of_torch = {
+        "Module": nn.Module,
+        "Conv2d": nn.Conv2d,
+        "_conv_forward": nn.Conv2d._conv_forward,
+        "functions": vars(F),
+        "conv2d": F.conv2d,
+        "of_module": activations.of_module,
+    }
+    compiled.bind_steps({**globals(), **_of_torch})
+    watched, call, value = compiled.watched_step, compiled.call_step, compiled.value_step
+    settle, add, iadd = compiled.settle_step, compiled.add_step, compiled.iadd_step
