@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from frozen_bn import convert_frozen_bn
 
+#: All of it by the steps and the autograd node in C++, and by Python's.
+pytestmark = pytest.mark.usefixtures("node")
+
 LOG: list[int] = []
 FACTOR = 2.0
 Pair = namedtuple("Pair", "first second")

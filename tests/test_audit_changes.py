@@ -18,6 +18,9 @@ from torch import nn
 
 from frozen_bn import convert_frozen_bn
 
+#: All of it by the steps and the autograd node in C++, and by Python's.
+pytestmark = pytest.mark.usefixtures("node")
+
 FACTOR = 2.0
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from frozen_bn import FrozenBatchNorm2d, convert_frozen_bn
 
+#: All of it by the steps and the autograd node in C++, and by Python's.
+pytestmark = pytest.mark.usefixtures("node")
+
 C = 3
 
 

@@ -26,6 +26,9 @@ from torch.utils import checkpoint
 
 from frozen_bn import convert_frozen_bn, frozen_batch_norm, fused_source, unfreeze_bn
 
+#: All of it by the steps and the autograd node in C++, and by Python's.
+pytestmark = pytest.mark.usefixtures("node")
+
 C = 4
 IMAGE = (2, C, 5, 6)
 

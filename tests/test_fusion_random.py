@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from helpers import function_of, randomize_
+from helpers import function_of, pythons_node, randomize_
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
@@ -322,7 +322,12 @@ def result(net: nn.Module, seed: int, grad: bool, flag: bool) -> tuple[object, .
 
 
 def assert_alike(seed: int) -> bool:
-    """Returns whether anything was fused."""
+    """Returns whether anything was fused. Of two seeds, one goes by Python's steps and node."""
+    with pythons_node() if seed % 2 else contextlib.nullcontext():
+        return is_alike(seed)
+
+
+def is_alike(seed: int) -> bool:
     writer = Writer(seed)
     text = writer.text()
     names = {"checkpoint": checkpoint, "contextlib": contextlib, "Failed": Failed}
