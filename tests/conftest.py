@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulator import runtime
-from helpers import CPU_LEVELS, pythons_node
+from emulator.replace import pythons_node
+from helpers import CPU_LEVELS
 
 import frozen_bn
 from frozen_bn import node as nodes

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import linecache
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -20,21 +17,6 @@ from frozen_bn.fusion.steps import Merge, recorders
 VECTORS = ["weight", "bias", "running_mean", "running_var"]
 PIECEWISE_LINEAR, SMOOTH = ["relu", "relu6", "leaky_relu"], ["silu", "hardswish"]
 ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"]
-
-
-@contextmanager
-def pythons_node() -> Iterator[None]:
-    """Within, Python's autograd node serves, and Python's steps."""
-    modules = ("functional", "pair", "fusion.steps")
-    functional, pair, steps = (importlib.import_module(f"frozen_bn.{m}") for m in modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "run", functional._run)
-        patch.setattr(functional, "call", functional._not_called)
-        patch.setattr(functional, "call_layer", functional._not_called)
-        patch.setattr(pair, "run", pair._run)
-        for name in ("watched", "call", "value", "settle", "add", "iadd"):
-            patch.setattr(steps, name, getattr(steps, f"_{name}"))
-        yield
 
 
 def make_generator(seed: int) -> torch.Generator:

@@ -9,7 +9,8 @@ import random
 
 import pytest
 import torch
-from helpers import function_of, pythons_node, randomize_
+from emulator.replace import pythons_node
+from helpers import function_of, randomize_
 from torch import Tensor, nn
 from torch.utils import checkpoint
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, pythons_node
+from emulator.replace import pythons_node
+from helpers import ACTIVATIONS
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._subclasses import FakeTensorMode

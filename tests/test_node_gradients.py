@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, pythons_node
+from emulator.replace import pythons_node
+from helpers import ACTIVATIONS
 from torch import Tensor
 
 from frozen_bn import frozen_batch_norm

@@ -13,6 +13,10 @@ namespace frozen_bn {
 struct Statistics {
   const Tensor *mean = nullptr, *var = nullptr, *weight = nullptr, *bias = nullptr;
   double eps = 0;
+
+  bool is_constant() const {
+    return !mean->requires_grad() && !var->requires_grad();
+  }
 };
 
 struct Arguments {

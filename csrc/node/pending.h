@@ -14,8 +14,8 @@ namespace frozen_bn {
 
 // What is taken from steps.py, for as long as the process lives.
 struct Steps {
-  PyObject *call, *value, *settle, *add, *iadd, *compute, *finish, *run, *seen;  // in Python
-  PyObject *convolve, *normalize, *activate;                                     // handlers
+  PyObject *call, *value, *settle, *add, *iadd, *compute, *finish, *seen;  // in Python
+  PyObject *convolve, *normalize, *activate;                               // handlers
   PyObject *kinds, *without_options, *of_module, *recorders;
   PyObject *module, *module_call, *conv2d_class, *conv_forward, *functions, *conv2d;
   PyObject* hooks[4];  // of all modules
@@ -149,7 +149,6 @@ inline PyObject* bind_steps(PyObject*, PyObject* const* objects, Py_ssize_t coun
       {"_iadd", &s.iadd},
       {"_compute", &s.compute},
       {"_finish", &s.finish},
-      {"_run", &s.run},
       {"_watched", &s.seen},
       {"_convolve", &s.convolve},
       {"_normalize", &s.normalize},

@@ -61,14 +61,14 @@ inline bool is_in_torchs_order(const Tensor& t) {
          (t.dim() == 5 && t.is_contiguous(at::MemoryFormat::ChannelsLast3d));
 }
 
-// What the two below have in common: options are activation, negative_slope, residual, inplace and
+// The rest of a call: options are activation, negative_slope, residual, inplace and
 // the numbers of dimensions that the input may have. NotImplemented where this is no call of `run`.
 inline PyObject* call(PyObject* input, Arguments& a, PyObject* const* options) {
   const bool simple =
       !at::impl::torch_function_mode_enabled() && !forward_mode() && read(input, a.input) &&
       read(options[1], a.negative_slope) && read(options[2], a.residual, true) &&
-      read(options[3], a.inplace) && has_rank(*a.input, options[4]) &&
-      !a.statistics.mean->requires_grad() && !a.statistics.var->requires_grad() &&
+      read(options[3], a.inplace) && has_rank(*a.input, options[4]) && a.statistics.is_constant() &&
+      (!a.pair || a.residual_statistics.is_constant()) &&
       (a.input->is_cpu() || (python().cuda == Py_True && a.input->scalar_type() != at::kDouble));
   PyObject* const code = simple ? PyDict_GetItemWithError(python().codes, options[0]) : nullptr;
   if (!code || !read(code, a.code)) {
@@ -83,28 +83,37 @@ inline PyObject* call(PyObject* input, Arguments& a, PyObject* const* options) {
   return wrap(input, a, run(a));
 }
 
-// Of a module that has its vectors among its buffers, or its parameters.
-inline PyObject* call_layer(
-    PyObject* input, PyObject* buffers, PyObject* parameters, PyObject* eps,
-    PyObject* const* options) {
-  static PyObject* const names[] = {
-      PyUnicode_InternFromString("running_mean"), PyUnicode_InternFromString("running_var"),
-      PyUnicode_InternFromString("weight"), PyUnicode_InternFromString("bias")};
-  Arguments a;
-  PyObject* vectors[std::size(names)] = {};
-  THPObjectPtr held[std::size(names)];  // while other threads run, they may leave the module
-  bool simple = nobody_watches() && PyDict_Check(buffers) && PyDict_Check(parameters);
-  for (size_t i = 0; simple && i < std::size(names); ++i) {
-    vectors[i] = PyDict_GetItemWithError(buffers, names[i]);
-    if (!vectors[i]) vectors[i] = PyDict_GetItemWithError(parameters, names[i]);
-    held[i] = Py_XNewRef(vectors[i]);
-    simple = vectors[i] != nullptr;
+// What a module normalizes with: its vectors are among its buffers or its parameters. They are
+// held: while other threads run, they may leave the module.
+class Layer {
+ public:
+  bool read(PyObject* buffers, PyObject* parameters, PyObject* eps) {
+    static PyObject* const names[] = {
+        PyUnicode_InternFromString("running_mean"), PyUnicode_InternFromString("running_var"),
+        PyUnicode_InternFromString("weight"), PyUnicode_InternFromString("bias")};
+    if (!PyDict_Check(buffers) || !PyDict_Check(parameters)) return false;
+    PyObject* vectors[kVectors] = {};
+    for (size_t i = 0; i < kVectors; ++i) {
+      vectors[i] = PyDict_GetItemWithError(buffers, names[i]);
+      if (!vectors[i]) vectors[i] = PyDict_GetItemWithError(parameters, names[i]);
+      if (!vectors[i]) return false;
+      held_[i] = Py_NewRef(vectors[i]);
+    }
+    return read_vectors(vectors, statistics_) && frozen_bn::read(eps, statistics_.eps);
   }
-  if (simple && read_vectors(vectors, a.statistics) && read(eps, a.statistics.eps)) {
-    return call(input, a, options);
+
+  const Statistics& statistics() const {
+    return statistics_;
   }
-  PyErr_Clear();
-  Py_RETURN_NOTIMPLEMENTED;
-}
+  bool trains_affine() const {
+    const auto trains = [](const Tensor* t) { return t && t->requires_grad(); };
+    return trains(statistics_.weight) || trains(statistics_.bias);
+  }
+
+ private:
+  static constexpr size_t kVectors = 4;
+  THPObjectPtr held_[kVectors];
+  Statistics statistics_;
+};
 
 }  // namespace frozen_bn

@@ -58,14 +58,14 @@ inline bool read(PyObject* conv, PyObject* attributes, Geometry& g) {
          read(item(attributes, kDilation), g.dilation);
 }
 
-// What `_run(conv, input)` does in Python.
+// `conv(input)`, to which nothing is hooked.
 inline PyObject* run_convolution(PyObject* conv, PyObject* input) {
   THPObjectPtr attributes(PyObject_GenericGetDict(conv, nullptr));
   Geometry g;
   const bool plain = attributes && !at::impl::torch_function_mode_enabled() && is_tensor(input) &&
                      read(conv, attributes.get(), g);
   PyErr_Clear();
-  if (!plain) return PyObject_CallFunctionObjArgs(steps().run, conv, input, nullptr);
+  if (!plain) return PyObject_CallOneArg(conv, input);
   const Tensor x = THPVariable_Unpack(input), weight = *g.weight;
   const std::optional<Tensor> bias = g.bias ? std::optional<Tensor>(*g.bias) : std::nullopt;
   Tensor output;
@@ -91,41 +91,52 @@ inline PyObject* convolved(PyObject* c) {
 
 // ---- Layers
 
-inline bool may_overwrite(PyObject* n, const Tensor& input, PyObject* weight, bool smooth) {
-  const bool grad = slot(n, steps().of_normalized.grad) == Py_True;
-  if (input.is_inference() != c10::InferenceMode::is_enabled()) return false;
-  if (!grad) return !input.requires_grad();
-  const Tensor* trained = nullptr;
-  return !smooth && weight && read(weight, trained, true) && !(trained && trained->requires_grad());
+// Reads what `n` normalizes with.
+inline bool read(PyObject* n, Layer& layer) {
+  static PyObject *const kBuffers = name("_buffers"), *const kParameters = name("_parameters"),
+                         *const kEps = name("eps");
+  THPObjectPtr attributes(PyObject_GenericGetDict(slot(n, steps().of_normalized.bn), nullptr));
+  if (!attributes) return false;
+  PyObject* const buffers = item(attributes.get(), kBuffers);
+  PyObject* const parameters = item(attributes.get(), kParameters);
+  PyObject* const eps = item(attributes.get(), kEps);
+  return buffers && parameters && eps && layer.read(buffers, parameters, eps);
+}
+
+inline bool may_overwrite(PyObject* n, const Tensor& input, const Tensor* weight, bool smooth) {
+  const auto& at = steps().of_normalized;
+  if (slot(n, at.conv) == Py_None || input.is_inference() != c10::InferenceMode::is_enabled()) {
+    return false;
+  }
+  if (slot(n, at.grad) != Py_True) return !input.requires_grad();
+  return !smooth && !(weight && weight->requires_grad());
 }
 
 // By one call of a kernel, or NotImplemented.
 inline PyObject* by_the_kernel(PyObject* n, PyObject* activation, PyObject* slope) {
-  static PyObject *const kBuffers = name("_buffers"), *const kParameters = name("_parameters"),
-                         *const kEps = name("eps"), *const kWeight = name("weight");
   const auto& at = steps().of_normalized;
   PyObject* const input = slot(n, at.input);
-  PyObject* const other = slot(n, at.other);
-  THPObjectPtr attributes(PyObject_GenericGetDict(slot(n, at.bn), nullptr));
+  PyObject* other = slot(n, at.other);
   PyObject* const code = item(python().codes, activation);
-  if (!attributes || !code || !is_tensor(input) || slot(n, at.folded) != Py_False ||
-      is_normalized(other) || PyList_GET_SIZE(steps().recorders) != 0 || !nobody_watches()) {
-    Py_RETURN_NOTIMPLEMENTED;
+  Layer layer, branch;
+  Arguments a;
+  a.pair = is_normalized(other);
+  const bool simple = code && is_tensor(input) && slot(n, at.folded) == Py_False &&
+                      PyList_GET_SIZE(steps().recorders) == 0 && nobody_watches() &&
+                      read(n, layer) && (!a.pair || read(other, branch));
+  const bool trained = a.pair && simple && at::GradMode::is_enabled() &&
+                       (layer.trains_affine() || branch.trains_affine());
+  if (!simple || trained) Py_RETURN_NOTIMPLEMENTED;
+  a.statistics = layer.statistics();
+  if (a.pair) {
+    a.residual_statistics = branch.statistics();
+    other = slot(other, at.input);
   }
-  PyObject* const buffers = item(attributes.get(), kBuffers);
-  PyObject* const parameters = item(attributes.get(), kParameters);
-  PyObject* const eps = item(attributes.get(), kEps);
-  if (!buffers || !parameters || !eps || !PyDict_Check(buffers) || !PyDict_Check(parameters)) {
-    Py_RETURN_NOTIMPLEMENTED;
-  }
-  PyObject* weight = item(parameters, kWeight);
-  if (!weight) weight = item(buffers, kWeight);
   const bool smooth = needs_input(static_cast<Activation>(PyLong_AsLong(code)));
-  const bool over =
-      slot(n, at.conv) != Py_None && may_overwrite(n, THPVariable_Unpack(input), weight, smooth);
+  const bool over = may_overwrite(n, THPVariable_Unpack(input), a.statistics.weight, smooth);
   PyObject* const options[] = {
       activation, slope, other, over ? Py_True : Py_False, steps().no_ranks};
-  return call_layer(input, buffers, parameters, eps, options);
+  return call(input, a, options);
 }
 
 // All that waits, and an activation of it.
@@ -242,13 +253,31 @@ inline PyObject* called(PyObject* f, PyObject* x) {
 
 enum class Taken { kNo, kYes, kUnknown };
 
-// Whether `n` adds `other`, if that is a tensor and `n` a layer that is not folded. `second`:
-// `other` comes first, and the sum is in its memory order.
+// Whether `x` is a layer that waits and adds nothing yet.
+inline bool waits_alone(PyObject* x) {
+  return waits(x) && slot(x, steps().of_normalized.other) == Py_None;
+}
+
+// Whether kernels take the sum of both.
+inline bool are_a_pair(PyObject* n, PyObject* other) {
+  const auto& at = steps().of_normalized;
+  if (slot(other, at.folded) != Py_False || !is_tensor(slot(other, at.input))) return false;
+  Layer layers[2];
+  const bool known = read(n, layers[0]) && read(other, layers[1]);
+  PyErr_Clear();
+  if (!known) return false;
+  const bool trained = layers[0].trains_affine() || layers[1].trains_affine();
+  return !(trained && at::GradMode::is_enabled());
+}
+
+// Whether `n` adds `other`, unless one of them is folded. `second`: `other` comes first, and the
+// sum is in its memory order.
 inline Taken takes(PyObject* n, PyObject* other, bool second) {
   const auto& at = steps().of_normalized;
-  if (!waits(n) || slot(n, at.other) != Py_None || n == other) return Taken::kNo;
-  if (slot(n, at.folded) != Py_False || is_normalized(other)) return Taken::kUnknown;
-  THPObjectPtr addend(value_of(other));
+  if (!waits_alone(n) || n == other) return Taken::kNo;
+  const bool pair = waits_alone(other);
+  if (slot(n, at.folded) != Py_False || (pair && !are_a_pair(n, other))) return Taken::kUnknown;
+  THPObjectPtr addend(pair ? Py_NewRef(slot(other, at.input)) : value_of(other));
   if (!addend || !is_tensor(addend.get()) || !is_tensor(slot(n, at.input))) return Taken::kUnknown;
   const Tensor& a = THPVariable_Unpack(addend.get());
   const Tensor& x = THPVariable_Unpack(slot(n, at.input));
@@ -257,7 +286,8 @@ inline Taken takes(PyObject* n, PyObject* other, bool second) {
       (second && a.strides() != x.strides())) {
     return Taken::kNo;
   }
-  set(n, at.other, addend.get());
+  set(n, at.other, pair ? other : addend.get());
+  if (pair) set(n, at.branch, slot(other, at.bn));
   return Taken::kYes;
 }
 

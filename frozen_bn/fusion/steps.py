@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.nn.modules import module as internals
 from torch.utils._device import DeviceContext
 
@@ -31,14 +30,10 @@ from ..modules import _FrozenBatchNorm
 from ..pair import frozen_batch_norm_pair
 from . import fold
 
-_CONVOLUTIONS: dict[type, str | None] = {
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: None,
-    nn.ConvTranspose2d: None,
-    nn.ConvTranspose3d: None,
-}
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _OF_CONVOLUTIONS = ("forward", "_conv_forward", "_output_padding")
 
 #: What torch's classes do, as it was at first: somebody may patch them.
@@ -324,20 +319,8 @@ def _convolve(conv: Any, d: dict[str, Any], x: Any) -> Any:
 
 def _convolved(c: Convolution) -> Any:
     if c.output is None:
-        c.output, c.input = _run(c.conv, c.input), None
+        c.output, c.input = c.conv(c.input), None
     return c.output
-
-
-def _run(conv: Any, input: Any) -> Any:
-    """``conv(input)``, where nothing is hooked to it."""
-    d = conv.__dict__
-    kind, parameters = type(conv), d["_parameters"]
-    function, weight = _CONVOLUTIONS.get(kind), parameters.get("weight")
-    plain = type(weight) is Parameter and "bias" in parameters and d["padding_mode"] == "zeros"
-    if function is None or not plain or kind._conv_forward is not _originals[kind]["_conv_forward"]:
-        return conv(input)
-    options = d["stride"], d["padding"], d["dilation"], d["groups"]
-    return getattr(F, function)(input, weight, parameters["bias"], *options)
 
 
 def _normalize(bn: Any, d: dict[str, Any], x: Any) -> Any:
@@ -438,7 +421,7 @@ def _unfold(n: Normalized) -> None:
     if n.folded:
         n.input, n.bias = fold.convolve(conv, n.bn.statistics(), n.input, True)
     else:
-        n.input = _run(conv, n.input)
+        n.input = conv(n.input)
 
 
 def _compute(n: Normalized) -> Any:
@@ -474,12 +457,7 @@ def _kernel(n: Normalized, activation: str | None, slope: float) -> Any:
         branches = n.input, bn.statistics(), other.input, other.bn.statistics()
         options: dict[str, Any] = {"activation": activation, "negative_slope": slope}
         return frozen_batch_norm_pair(*branches, **options, inplace=in_place)
-    d = bn.__dict__
-    vectors = n.input, d["_buffers"], d["_parameters"], d["eps"]
-    output = functional.call_layer(*vectors, activation, slope, other, in_place, ())
-    if output is NotImplemented:
-        output = bn.normalize(n.input, other, activation, slope, in_place)
-    return output
+    return bn.normalize(n.input, other, activation, slope, in_place)
 
 
 def _may_overwrite(n: Normalized, activation: str | None) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import importlib
 import os
 import re
 import shutil
@@ -27,10 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import frozen_bn
+from frozen_bn import ops
 
 from .machine import Counters, EmulationError, Launch, Program
 from .memory import AddressSpace, Region
 from .ptx import Module
+from .replace import pythons_node, replaced
 
 ROOT = Path(__file__).parents[2]
 #: The virtual architecture whose PTX is run.
@@ -318,39 +319,20 @@ class Emulator:
     def active(self) -> Iterator[Emulator]:
         """Within, ``frozen_bn`` runs CPU tensors through the emulated CUDA operators: all but
         float64, which has no kernels there."""
-        functional, pair, ops = (
-            importlib.import_module(f"frozen_bn.{m}") for m in ("functional", "pair", "ops")
-        )
 
         def unless_double(emulated: Any, own: Any) -> Any:
             return lambda *arguments: (own if arguments[0].dtype == torch.float64 else emulated)(
                 *arguments
             )
 
-        places = [
-            # Python's node, which finds the emulated operators.
-            (functional, "run", functional._run),
-            (functional, "call", functional._not_called),
-            (functional, "call_layer", functional._not_called),
-            (pair, "run", pair._run),
-            *(
-                (ops, name, unless_double(emulated, getattr(ops, name)))
-                for name, emulated in (
-                    ("_forward_operator", self.forward),
-                    ("_forward_pair_operator", self.forward_pair),
-                    ("_backward_operator", self.backward),
-                )
-            ),
-        ]
-        before = [getattr(module, name) for module, name, _ in places]
-
-        for module, name, replacement in places:
-            setattr(module, name, replacement)
-        try:
+        emulated = {
+            "_forward_operator": self.forward,
+            "_forward_pair_operator": self.forward_pair,
+            "_backward_operator": self.backward,
+        }
+        places = [(ops, n, unless_double(f, getattr(ops, n))) for n, f in emulated.items()]
+        with pythons_node(), replaced(places):  # which finds the emulated operators
             yield self
-        finally:
-            for (module, name, _), own in zip(places, before, strict=True):
-                setattr(module, name, own)
 
 
 def _check_written(name: str, written: NDArray[np.bool_]) -> None:
