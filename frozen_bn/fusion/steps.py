@@ -5,6 +5,8 @@ A step may be given, and return, what is pending: a convolution, or a batch norm
 for what follows. ``rewrite`` makes sure that nothing else sees it, and that what it is made of does
 not change in between.
 
+What models nearly always do is done in C++, where there is the autograd node: see the end.
+
 To merge another layer, give its class a handler in ``_learn``, as ``_activate`` is that of
 activations, and have ``_kernel`` call a kernel for it (CONTRIBUTING, "How fusion works").
 """
