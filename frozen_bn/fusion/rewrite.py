@@ -191,19 +191,26 @@ class _Scope:
 
     # What is a step
 
+    def operands(self, e: ast.AST) -> list[ast.expr]:
+        """What a step in the place of ``e`` would be given that may be pending; nothing, if none
+        can take its place."""
+        if isinstance(e, ast.BinOp):
+            return [e.left, e.right] if isinstance(e.op, ast.Add) else []
+        if not isinstance(e, ast.Call) or any(isinstance(a, ast.Starred) for a in e.args):
+            return []
+        if self._is_method(e):
+            f = cast(ast.Attribute, e.func)
+            return [f.value, *(e.args if f.attr == "add" else [])]
+        known = self._calls(e) or self._function(e.func) is not None
+        return self._arguments(e)[0][:2] if known else []
+
+    def is_given_pending(self, e: ast.AST) -> bool:
+        return any(self.may_wait(p) or self.is_step(p) for p in self.operands(e))
+
     def is_step(self, e: ast.AST) -> bool:
         """Whether what ``e`` evaluates to may be pending."""
-        if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add):
-            return any(self.is_step(p) or self.may_wait(p) for p in (e.left, e.right))
-        if not isinstance(e, ast.Call) or any(isinstance(a, ast.Starred) for a in e.args):
-            return False
-        if self._is_method(e):
-            inside = cast(ast.Attribute, e.func).value
-            addend = [a for a in e.args[:1] if cast(ast.Attribute, e.func).attr == "add"]
-            return any(self.is_step(p) or self.may_wait(p) for p in (inside, *addend))
-        return bool(self._arguments(e)[0]) and (
-            self._calls(e) or self._function(e.func) is not None
-        )
+        is_call = isinstance(e, ast.Call) and not self._is_method(e)  # of what may be a layer
+        return bool(self.operands(e)) if is_call else self.is_given_pending(e)
 
     def _arguments(self, e: ast.Call) -> tuple[list[ast.expr], list[ast.keyword]]:
         """Positional ones, and others. ``F.relu(input=x)`` is ``F.relu(x)``."""
@@ -313,20 +320,13 @@ class _Scope:
         if isinstance(e, ast.Name):
             read = self.may_wait(e) and isinstance(e.ctx, ast.Load)
             return self.step("value", ast.copy_location(copy.copy(e), e), at=e) if read else e
-        if isinstance(e, ast.Call | ast.BinOp) and self.is_step(e) and self._matters(e):
+        if self.is_given_pending(e):
             return self.step("value", self.raw(e), at=e)
         inner = isinstance(e, (ast.Lambda, *_COMPREHENSIONS))
         self.inner += inner
         new = self.rebuilt(e)
         self.inner -= inner
         return new
-
-    def _matters(self, e: ast.Call | ast.BinOp) -> bool:
-        """Whether the step is given what may be pending, so that it is no plain call."""
-        parts = [e.left, e.right] if isinstance(e, ast.BinOp) else self._arguments(e)[0][:2]
-        if isinstance(e, ast.Call) and self._is_method(e):
-            parts = [cast(ast.Attribute, e.func).value, *parts]
-        return any(self.is_step(p) or self.may_wait(p) for p in parts)
 
     def rebuilt(self, node: Node) -> Node:
         """A copy, in which every expression is computed."""
@@ -374,11 +374,8 @@ class _Scope:
         for part in _own([s]):
             if isinstance(part, ast.AugAssign) and isinstance(part.op, ast.Add):
                 found += [part.target, part.value]
-            elif isinstance(part, ast.BinOp) and self.is_step(part):
-                found += [part.left, part.right]
-            elif isinstance(part, ast.Call) and self.is_step(part):
-                inside = part.func.value if isinstance(part.func, ast.Attribute) else part
-                found += [*self._arguments(part)[0][:2], inside]
+            elif self.is_step(part):
+                found += self.operands(part)
         return {part.id for part in found if isinstance(part, ast.Name)}
 
     def _waits(self, name: str, rest: Sequence[ast.stmt]) -> bool | None:
