@@ -38,7 +38,7 @@ PROGRESS := sed --unbuffered --silent --regexp-extended \
 	-e '/^ *frozen_bn: /p' -e '/(error|fatal).*:/Ip'
 
 .PHONY: build demo test test-all sanitize dist wheel test-sdist checkstyle bench bench-model roofline compiled
-.PHONY: mutations coverage every-model gpu-check clean
+.PHONY: mutations coverage every-model gpu-check docs pictures clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/.torch
 
@@ -51,7 +51,7 @@ $(VENV)/.torch:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(RUN) -m pip install --verbose --disable-pip-version-check --no-compile --no-build-isolation \
-		--editable '.[test,benchmark,dev]' 2>&1 | tee $(VENV)/build.log | $(PROGRESS)
+		--editable '.[test,benchmark,dev,docs]' 2>&1 | tee $(VENV)/build.log | $(PROGRESS)
 	$(RUN) -m frozen_bn
 	touch $@
 
@@ -96,11 +96,20 @@ every-model: build
 gpu-check: build
 	$(RUN) -m benchmarks.gpu_check
 
+# Into build/site; `make test` does the same elsewhere.
+docs: build
+	$(RUN) -m mkdocs build --strict
+
+# docs/images, from the tables of docs/results.md.
+pictures: build
+	$(RUN) -m benchmarks.published
+
+# Both from here, not the wheel from the sdist: so it takes what is compiled already.
 dist: export FROZEN_BN_CUDA_ARCHS = all
 dist: build
 	rm -rf dist
-	$(RUN) -m build --sdist --no-isolation --outdir dist . > /dev/null
-	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(RUN) -m build --sdist --wheel --no-isolation --outdir dist . > /dev/null
+	$(RUN) -m twine check --strict dist/*
 
 # Both packages, tested where they were installed, away from the sources.
 wheel: test-sdist test-wheel-cpu test-wheel-same test-wheel-oldest

@@ -1,45 +1,130 @@
-"""Pictures of the rows. Each says what was measured and what is modelled."""
+"""Pictures of the rows of a run, beside its JSON file. Ours is blue, all else grey and named where
+it is; the two differ in brightness too. Those of the documentation: ``published``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import model_peers, peers, roofline
-from .cases import MODES, SIZES
+from .cases import SIZES
 from .rows import Line, Row, lines
 
 MIB = 2**20
-_OURS = "#1b6ca8"
-_COLOURS = {
-    peers.OURS: _OURS,
-    peers.FLOOR: "#202020",
-    "torchvision": "#e07b39",
-    "timm": "#f2b48a",
-    "batch_norm": "#7a7a7a",
-    peers.CUDNN_OFF: "#b0b0b0",
-    "detectron2": "#c9a227",
-    peers.LIVE: "#a05195",
-    peers.COMPILED: "#3a9d5d",
-}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a picture without a background of its own."""
+
+    name: str
+    ink: str
+    quiet: str
+    ours: str
+
+
+LIGHT = Theme("light", ink="#1f2328", quiet="#8c959f", ours="#0072b2")
+
 _LABELS = {
-    "torchvision": "torchvision FrozenBatchNorm2d",
-    "timm": "timm FrozenBatchNormAct2d",
+    "torchvision": "torchvision",
     "batch_norm": "F.batch_norm, eval",
     peers.LIVE: "F.batch_norm, training",
     "detectron2": "detectron2's formula",
-    peers.COMPILED: "formula, torch.compile",
-    peers.FLOOR: "floor (unavoidable bytes)",
+    peers.COMPILED: "torch.compile",
+    peers.FLOOR: "floor: unavoidable bytes",
 }
-_TITLES = {"full": "forward + backward", "no-grad": "forward, without gradients"}
+#: Of a run's many contenders, those that a curve is drawn of.
+_CURVES = (peers.OURS, peers.FLOOR, "torchvision", "batch_norm", peers.COMPILED)
+
+#: What a bar is drawn of, by name.
+Values = Mapping[str, float]
+#: Of a curve.
+Points = Sequence[tuple[float, float]]
 
 
-def _plain(axes: Axes) -> None:
+@contextmanager
+def drawing(theme: Theme, file: Path, size: tuple[float, float], title: str) -> Iterator[Figure]:
+    """A figure that is saved in the end."""
+    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), theme.ink)
+    ticks = dict.fromkeys(("xtick.color", "ytick.color"), theme.ink)
+    settings: Any = {**ink, **ticks, "font.size": 10.5, "axes.titlesize": 10.5}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+        figure.savefig(file, dpi=200, transparent=True)
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("frozen_bn")
+
+
+def bars(
+    axes: Axes,
+    theme: Theme,
+    values: Values,
+    title: str,
+    form: str = "{:.2f}",
+    *,
+    names: bool = True,
+    hollow: str = "",
+    rows: int | None = None,
+    errors: Sequence[tuple[float, float]] | None = None,
+) -> None:
+    """Horizontal bars, each with its name and figure. ``hollow``: the name of what is no contender,
+    but what they are measured by. ``rows``: how many there is room for."""
+    colours = [theme.ours if _is_ours(name) else theme.quiet for name in values]
+    spread = None if errors is None else [list(ends) for ends in zip(*errors, strict=True)]
+    style: dict[str, Any] = {"ecolor": theme.ink, "error_kw": {"lw": 1}}
+    drawn = axes.barh([*values], [*values.values()], 0.68, color=colours, xerr=spread, **style)
+    texts = axes.bar_label(drawn, labels=[form.format(v) for v in values.values()], padding=4)
+    for name, bar, text, tick in zip(values, drawn, texts, axes.get_yticklabels(), strict=True):
+        if _is_ours(name):
+            text.set_fontweight("bold")
+            tick.set_fontweight("bold")
+        if name == hollow:
+            bar.set(facecolor="none", edgecolor=theme.quiet, linestyle="--", linewidth=1.2)
+    axes.set_ylim((rows or len(values)) - 0.5, -0.5)
+    axes.margins(x=0.16)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(left=False, labelleft=names, bottom=False, labelbottom=False)
+    axes.set_title(title, loc="left")
+
+
+def curves_of(
+    axes: Axes, theme: Theme, curves: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """Lines over logarithmic axes, each with its name at its end."""
+    axes.set(xscale="log", yscale="log")
+    ends = []
+    for name, points in curves.items():
+        ours, floor = _is_ours(name), name.startswith("floor")
+        colour = theme.ours if ours else theme.ink if floor else theme.quiet
+        x, y = zip(*points, strict=True)
+        style = "--" if floor else "-"
+        axes.plot(x, y, style, color=colour, lw=3 if ours else 1.6, marker="o", ms=4 if ours else 3)
+        ends.append((y[-1], x[-1], name, colour))
+    lowest = 0.0
+    for height, x_end, name, colour in sorted(ends):  # far enough apart to be read
+        lowest = max(height, lowest * 1.28)
+        weight = "bold" if _is_ours(name) else "normal"
+        axes.annotate(
+            name, (x_end, lowest), (9, 0), textcoords="offset points", va="center", color=colour,
+            weight=weight, annotation_clip=False,
+        )  # fmt: skip
+    axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# ---- Of a run
 
 
 def _where(rows: Sequence[Row]) -> str:
@@ -48,11 +133,8 @@ def _where(rows: Sequence[Row]) -> str:
     return about["machine"] if about["device"] == "cuda" else f"{about['machine']}, {threads}"
 
 
-def _save(figure: Figure, title: str, file: Path) -> Path:
-    figure.suptitle(title, fontsize=11)
-    figure.set_layout_engine("constrained", h_pad=0.1)  # leaves room for the title
-    figure.savefig(file, dpi=130)
-    return file
+def _named(rows: Mapping[str, Row]) -> dict[str, Row]:
+    return {_LABELS.get(name, name): row for name, row in rows.items()}
 
 
 def speed(rows: Sequence[Row], file: Path) -> Path | None:
@@ -60,128 +142,20 @@ def speed(rows: Sequence[Row], file: Path) -> Path | None:
     sized = [row for row in rows if row.benchmark == "op" and row.shape in SIZES]
     if not sized:
         return None
-    figure = Figure(figsize=(11, 9))
-    grid = figure.subplots(2, 2, sharex=True)
-    for axes, mode in zip(grid.flat, MODES, strict=True):
-        of_mode = [row for row in sized if row.mode == mode]
-        for name in dict.fromkeys(row.contender for row in of_mode):
-            of = sorted((r for r in of_mode if r.contender == name), key=lambda r: r.numel)
-            middle = [1e9 * row.median / row.numel for row in of]
-            ends = [[1e9 * getattr(r.seconds, q) / r.numel for r in of] for q in ("q20", "q80")]
-            sizes, colour = [row.numel for row in of], _COLOURS[name]
-            thick = 2.6 if name == peers.OURS else 1.3
-            style = "--" if name == peers.FLOOR else "-"
-            label = _LABELS.get(name, name)
-            axes.plot(sizes, middle, style, marker="o", ms=3.5, lw=thick, color=colour, label=label)
-            axes.fill_between(sizes, *ends, color=colour, alpha=0.12, lw=0)
-        axes.set(xscale="log", yscale="log", title=_TITLES.get(mode, mode))
-        axes.grid(alpha=0.25)
-        _plain(axes)
-    for axes in grid[1]:
-        axes.set_xlabel("elements")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("ns an element, logarithmic")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     first = sized[0]
-    title = (
-        f"Time an element of one layer, measured: {first.dtype}, {first.layout}, "
-        f"{first.operation}; medians, shaded 20-80 %\n{_where(sized)}"
-    )
-    return _save(figure, title, file)
-
-
-def _groups(axes: Axes, groups: Sequence[str], values: dict[str, list[float]]) -> Iterator[Any]:
-    """Name, places and values of each contender, side by side in every group."""
-    width = 0.84 / len(values)
-    axes.set_xticks(range(len(groups)), groups)
-    _plain(axes)
-    axes.margins(y=0.12)
-    for k, (name, heights) in enumerate(values.items()):
-        yield name, [g + (k - (len(values) - 1) / 2) * width for g in range(len(groups))], heights
-
-
-def _three_digits(value: float) -> str:
-    """As ``%.3g``, but for its exponents from 1000 on."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _bars(axes: Axes, groups: Sequence[str], values: dict[str, list[float]]) -> None:
-    width = 0.82 / len(values)
-    for name, places, heights in _groups(axes, groups, values):
-        label = _LABELS.get(name, name)
-        bars = axes.bar(places, heights, width, label=label, color=_COLOURS[name])
-        axes.bar_label(bars, fmt=_three_digits, fontsize=7.5, padding=2)
-    axes.margins(y=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=4)
-
-
-def _modelled_bytes(axes: Axes, layers: Sequence[tuple[Line, Line]]) -> None:
-    names = list(layers[0][0].rows)
-    values = {name: [roofline.an_element(both, name) for both in layers] for name in names}
-    _bars(axes, [both[0].first.operation for both in layers], values)
-    for place, both in enumerate(layers):
-        needed = [line.rows[peers.OURS].unavoidable_bytes or 0 for line in both]
-        height = sum(needed) / both[0].first.numel
-        axes.plot([place - 0.42, place + 0.42], [height] * 2, color="black", lw=1, ls=":")
-    axes.set_ylabel("bytes an element")
-    axes.set_title(
-        f"On CUDA, modelled (counted bytes): forward + backward, {layers[0][0].first.dtype}; "
-        "dotted: unavoidable", fontsize=10
-    )  # fmt: skip
-
-
-def _modelled_times(axes: Axes, both: tuple[Line, Line]) -> None:
-    speeds = roofline.BANDWIDTHS
-    numel = both[0].first.numel
-    values = {
-        name: [roofline.an_element(both, name) * numel / s / 1e3 for s in speeds.values()]
-        for name in both[0].rows
-    }
-    gpus = [f"{gpu}\n{speed} GB/s" for gpu, speed in speeds.items()]
-    for name, places, times in _groups(axes, gpus, values):
-        axes.plot(places, times, "o", markersize=8, color=_COLOURS[name])
-        for place, time in zip(places, times, strict=True):
-            text = f"{time:.{0 if time >= 100 else 1}f}"
-            style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
-            axes.annotate(text, (place, time), (0, 7), **style)
-    axes.set_yscale("log")
-    axes.set_ylabel("us, logarithmic")
-    title = f"On CUDA, modelled: least time of {both[0].first.name}, at peak bandwidth"
-    axes.set_title(title, fontsize=10)
-
-
-def _bandwidth(axes: Axes, layers: Sequence[Line]) -> None:
-    """What is unavoidable, over the time that a contender takes."""
-    names = list(layers[0].rows)
-    values = {
-        name: [1e-9 * (r.unavoidable_bytes or 0) / r.median for r in (x.rows[name] for x in layers)]
-        for name in names
-    }
-    _bars(axes, [line.first.operation for line in layers], values)
-    first = layers[0].first
-    size = "x".join(map(str, first.shape))
-    title = f"{_where([first])}: measured, forward + backward, {first.dtype} {first.layout} {size}"
-    axes.set_title(title, fontsize=10)
-    axes.set_ylabel("unavoidable bytes over time, GB/s")
-
-
-def roofline_picture(rows: Sequence[Row], file: Path) -> Path | None:
-    """Bytes an element and least times, modelled; achieved bandwidth, measured, if there is any."""
-    panels: list[tuple[Callable[[Axes, Any], None], Any]] = []
-    if layers := _alike(roofline.passes(rows), lambda both: both[0].first):
-        panels.append((_modelled_bytes, layers))
-        panels.append((_modelled_times, layers[min(2, len(layers) - 1)]))
-    measured = [line for line in lines(rows, "op", "full") if line.first.shape not in SIZES]
-    if measured := _alike(measured, lambda line: line.first):
-        panels.append((_bandwidth, measured))
-    if not panels:
-        return None
-    figure = Figure(figsize=(11, 4.1 * len(panels) + 0.4))
-    every = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axes, (draw, what) in zip(every, panels, strict=True):
-        draw(axes, what)
-    return _save(figure, "Memory traffic of one layer", file)
+    kind = f"{first.dtype}, {first.layout}, {first.operation}, {_where(sized)}"
+    with drawing(LIGHT, file, (12, 4.4), f"Time of one layer, measured: {kind}") as figure:
+        panels = (("full", "forward + backward"), ("no-grad", "forward, without gradients"))
+        for axes, (mode, title) in zip(figure.subplots(1, 2), panels, strict=True):
+            curves = {}
+            for name in _CURVES:
+                of = [row for row in sized if (row.mode, row.contender) == (mode, name)]
+                points = sorted((row.numel, 1e9 * row.median / row.numel) for row in of)
+                if points:
+                    curves[_LABELS.get(name, name)] = points
+            curves_of(axes, LIGHT, curves)
+            axes.set(title=title, xlabel="elements", ylabel="ns an element")
+    return file
 
 
 def _alike(found: Sequence[Any], first: Callable[[Any], Row]) -> list[Any]:
@@ -191,22 +165,25 @@ def _alike(found: Sequence[Any], first: Callable[[Any], Row]) -> list[Any]:
     return [item for item, of in zip(half, kind, strict=True) if of == kind[0]]
 
 
-def _contender_bars(axes: Axes, line: Line, series: Sequence[Any]) -> None:
-    """Horizontal bars. ``series``: label, values, errors (or ``None``), how they are written."""
-    names = list(line.rows)
-    colours = [_OURS if row.role == "ours" else "#8a8a8a" for row in line.rows.values()]
-    height = 0.8 / len(series)
-    for k, (label, values, errors, form) in enumerate(series):
-        places = [n + (k - (len(series) - 1) / 2) * height for n in range(len(names))]
-        bars = axes.barh(
-            places, values, height * 0.94, xerr=errors, color=colours, alpha=(1, 0.45)[k],
-            error_kw={"lw": 1}, label=label,
-        )  # fmt: skip
-        axes.bar_label(bars, labels=[form.format(v) for v in values], fontsize=8, padding=4)
-    axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.invert_yaxis()
-    axes.margins(x=0.16)
-    _plain(axes)
+def roofline_picture(rows: Sequence[Row], file: Path) -> Path | None:
+    """Bytes an element, modelled; achieved bandwidth, measured, if there is any."""
+    panels: list[tuple[str, Row, Values, str]] = []
+    for both in _alike(roofline.passes(rows), lambda both: both[0].first):
+        counted = {name: roofline.an_element(both, name) for name in both[0].rows}
+        panels.append(("modelled, bytes an element", both[0].first, counted, "{:.2f}"))
+    measured = [line for line in lines(rows, "op", "full") if line.first.shape not in SIZES]
+    for line in _alike(measured, lambda line: line.first):
+        reached = {n: 1e-9 * (r.unavoidable_bytes or 0) / r.median for n, r in line.rows.items()}
+        what = f"{_where(rows)}: measured, unavoidable bytes over time, GB/s"
+        panels.append((what, line.first, reached, "{:.0f}"))
+    if not panels:
+        return None
+    title = "Memory traffic of one layer, forward + backward"
+    with drawing(LIGHT, file, (8, 2.8 * len(panels) + 0.4), title) as figure:
+        every = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, (what, first, values, form) in zip(every, panels, strict=True):
+            bars(axes, LIGHT, values, f"{first.name}: {what}", form, hollow=peers.FLOOR)
+    return file
 
 
 def memory(rows: Sequence[Row], file: Path) -> Path | None:
@@ -217,42 +194,41 @@ def memory(rows: Sequence[Row], file: Path) -> Path | None:
     shown = [line for line in of_layers if line.first.operation == "residual+relu"][:1] + shown
     if not shown:
         return None
-    figure = Figure(figsize=(10, 3.9 * len(shown) + 0.6))
-    for axes, line in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
-        saved = [(row.saved_bytes or 0) / MIB for row in line.rows.values()]
-        peak = [(row.peak_bytes or 0) / MIB for row in line.rows.values()]
-        _contender_bars(axes, line, [("", saved, None, "{:.1f}"), ("", peak, None, "{:.0f}")])
-        axes.set_title(line.first.name, fontsize=10)
-        axes.set_xlabel("MiB")
-    title = (
-        "Memory, measured: saved for the backward pass (full colour), and how far it rises\n"
-        f"in forward and backward, or in a training step (light). {_where(rows)}"
-    )
-    return _save(figure, title, file)
+    title = f"Memory, measured, MiB: {_where(rows)}"
+    with drawing(LIGHT, file, (11, 3.0 * len(shown) + 0.4), title) as figure:
+        for pair, line in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
+            of = _named(line.rows)
+            saved = {name: (row.saved_bytes or 0) / MIB for name, row in of.items()}
+            peak = {name: (row.peak_bytes or 0) / MIB for name, row in of.items()}
+            hollow = model_peers.DELETED if line.first.mode == "step" else _LABELS[peers.FLOOR]
+            name = line.first.name
+            bars(pair[0], LIGHT, saved, f"{name}: saved for backward", "{:.1f}", hollow=hollow)
+            bars(pair[1], LIGHT, peak, "rise to the peak", "{:.0f}", hollow=hollow, names=False)
+    return file
 
 
 def networks(rows: Sequence[Row], file: Path) -> Path | None:
     """Time of whole networks over that of the network without its batch normalizations."""
-    steps, others = (lines(rows, "model", mode) for mode in ("step", "no-grad"))
-    if not steps:
-        return None
-    figure = Figure(figsize=(10, 4.2 * len(steps) + 0.6))
-    every = figure.subplots(len(steps), 1, squeeze=False)[:, 0]
-    for axes, step, other in zip(every, steps, others, strict=True):
-        series = []
-        for line in (step, other):
-            ratios = [row.over_floor for row in line.rows.values() if row.over_floor]
-            errors = [[r.median - r.q20 for r in ratios], [r.q80 - r.median for r in ratios]]
-            series.append(("", [r.median for r in ratios], errors, "{:.2f}"))
-        _contender_bars(axes, step, series)
-        axes.axvline(1, color="black", lw=1, ls=":")
-        axes.set_title(step.first.name, fontsize=10)
-        axes.set_xlabel(f"time / {model_peers.DELETED}")
-    title = (
-        "Whole networks, measured: a training step (full colour), and a forward pass without\n"
-        f"gradients (light), over {model_peers.DELETED}; lines: 20-80 %. {_where(rows)}"
+    found: list[tuple[Line, Line]] = list(
+        zip(lines(rows, "model", "step"), lines(rows, "model", "no-grad"), strict=True)
     )
-    return _save(figure, title, file)
+    if not found:
+        return None
+    title = f"Whole networks, time / {model_peers.DELETED}, measured: {_where(rows)}"
+    with drawing(LIGHT, file, (11, 3.2 * len(found) + 0.4), title) as figure:
+        for pair, both in zip(figure.subplots(len(found), 2, squeeze=False), found, strict=True):
+            for axes, line in zip(pair, both, strict=True):
+                of = {name: row.over_floor for name, row in line.rows.items()}
+                ratios = {name: ratio for name, ratio in of.items() if ratio is not None}
+                errors = [(r.median - r.q20, r.q80 - r.median) for r in ratios.values()]
+                what = "training step" if line is both[0] else "forward, without gradients"
+                title = f"{line.first.name}: {what}" if line is both[0] else what
+                values = {name: ratio.median for name, ratio in ratios.items()}
+                bars(
+                    axes, LIGHT, values, title, errors=errors, names=line is both[0],
+                    hollow=model_peers.DELETED,
+                )  # fmt: skip
+    return file
 
 
 def draw(rows: Sequence[Row], json: Path) -> list[Path]:

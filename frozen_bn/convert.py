@@ -127,36 +127,36 @@ def convert_frozen_bn(
     """Replace the batch normalizations in ``module`` by frozen ones that compute what they compute
     in ``eval()`` mode, whatever mode the model is in later.
 
-    Converts BatchNorm1d/2d/3d, SyncBatchNorm (no process group needed), subclasses that change
-    their ``__init__`` only, lazy ones that have been run, and timm's BatchNormAct2d,
-    SyncBatchNormAct and FrozenBatchNormAct2d with their activation. Frozen batch normalizations of
-    other projects (torchvision's, detectron2's, DETR's, ...) are recognised by what they compute:
-    the ``forward`` of a module that holds nothing but the four vectors is tried on made-up values.
+    >>> import torch, frozen_bn
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> _ = model(torch.randn(4, 3, 9, 9))  # it has been trained
+    >>> model = frozen_bn.convert_frozen_bn(model).train()
+    >>> print(frozen_bn.summary(model))
+    name  class              state
+    1     FrozenBatchNorm2d  frozen, merged with relu, in place
+    <BLANKLINE>
+    1 frozen, 0 skipped
+    1 merged with relu
 
-    Names, order, eps, dtype, device (meta too), hooks and sharing are kept. What cannot be frozen,
-    or only looks like a batch normalization, is left alone, each with a warning that says why.
-    Converting twice changes nothing.
+    Converts torch's, timm's (with their activation), and frozen ones of other projects, which are
+    recognised by what they compute: ``forward`` is tried on made-up values. Names, order, eps,
+    dtype, device, hooks and sharing are kept. What cannot be frozen is left alone, with a warning
+    that says why. Converting twice changes nothing; ``unfreeze_bn`` undoes it.
 
-    Make optimizer groups before: code that decides by ``isinstance(layer, _BatchNorm)`` what is
-    decayed does not find frozen layers (or use :func:`frozen_bn.norm_parameters`). An optimizer
-    made before goes on working with ``freeze_affine=False``.
+    Make optimizer groups before, or by ``norm_parameters``: frozen layers are no ``_BatchNorm``.
 
     Args:
         module: changed in place.
         freeze_affine: weight and bias become buffers, which no optimizer sees. If false, they stay
-            the same Parameter objects, with their ``requires_grad``.
-        fuse: also merge what stands next to a frozen layer, in a method that calls it, into its
-            kernel: the activation after it, a sum with another tensor (or with another frozen
-            layer) and the activation after that; and overwrite the output of a convolution that
-            nothing else reads. Modules that call frozen layers get a class derived from their own,
-            of the same name, in which these methods are rewritten (:func:`fused_source`), and
-            decide as they run. See :func:`summary` for what was merged, or why not. Does nothing
-            where the environment has ``FROZEN_BN_FUSE=0``.
-        fold_conv: the same, but fold what follows a convolution into its weight and bias, at every
-            call, so that gradients reach the weight and a trainable affine as before. Where none is
-            wanted of them, the pass of an activation or sum that follows does it all instead. For
-            weights that are final see :func:`frozen_bn.fold_for_inference`.
-        where: ``where(name, module)`` picks the layers, by their qualified name; all by default.
+            the same Parameters, so that an optimizer made before goes on working.
+        fuse: merge the activation, the sum and the second branch that follow a layer into its
+            kernel, and write over the output of a convolution that nothing else reads: methods that
+            call frozen layers are rewritten, in a derived class (``fused_source`` shows them), and
+            decide as they run. Does nothing where the environment has ``FROZEN_BN_FUSE=0``.
+        fold_conv: the same, but fold layers into the convolutions before them, at every call, with
+            exact gradients. For weights that are final there is ``fold_for_inference``.
+        where: ``where(name, module)`` picks the layers; all by default.
 
     Returns:
         ``module``, or its replacement where it is itself a batch normalization.
@@ -277,7 +277,7 @@ def _surrounding_modes(root: nn.Module) -> dict[nn.Module, bool]:
 
 
 def unfreeze_bn(module: nn.Module) -> nn.Module:
-    """Undo :func:`convert_frozen_bn`: the original modules return, with their class, momentum,
+    """Undo ``convert_frozen_bn``: the original modules return, with their class, momentum,
     ``num_batches_tracked`` and ``requires_grad``, and the values that the frozen ones have now.
     Each gets the mode (``training``) of the module that holds it. After ``half()`` a frozen affine
     and its statistics are still float32, which torch's layers take; behind a trained affine the

@@ -270,7 +270,7 @@ def frozen_batch_norm(
 ) -> Tensor:
     """Batch normalization with fixed statistics, a residual and an activation, in one pass.
 
-    .. math:: y = act((x - mean) * weight / sqrt(var + eps) + bias + residual)
+        y = act((x - mean) * weight / sqrt(var + eps) + bias + residual)
 
     This is the inference form of Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2. The
     mean is subtracted before scaling, which keeps digits where it is large. Arithmetic is in

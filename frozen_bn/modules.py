@@ -258,7 +258,7 @@ class _FrozenBatchNorm(nn.Module):
 class FrozenBatchNorm1d(_FrozenBatchNorm):
     """Batch normalization of ``[N, C]`` or ``[N, C, L]`` inputs with fixed statistics.
 
-    See :class:`FrozenBatchNorm2d`.
+    See ``FrozenBatchNorm2d``.
     """
 
     _ranks = (2, 3)
@@ -270,14 +270,14 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
     A drop-in for ``torchvision.ops.FrozenBatchNorm2d`` (also as ``norm_layer=``) and for a
     ``torch.nn.BatchNorm2d`` whose statistics must not move; ``state_dict`` keys are the same, and
     checkpoints load strictly with or without ``num_batches_tracked``. The formula is that of
-    :func:`frozen_bn.frozen_batch_norm`.
+    ``frozen_bn.frozen_batch_norm``.
 
     ``training`` stays False, whatever ``train()`` is told. The statistics, and a frozen affine,
     stay float32 under ``half()``, ``bfloat16()`` and ``to(dtype)``: others have not their range.
 
     It is no ``torch.nn.modules.batchnorm._BatchNorm``, or ``convert_sync_batchnorm`` and
     ``update_bn`` would revive it. So optimizer groups made by ``isinstance`` take a trained affine
-    for any other parameter: make them before converting, or by :func:`frozen_bn.norm_parameters`.
+    for any other parameter: make them before converting, or by ``frozen_bn.norm_parameters``.
 
     Args:
         num_features: C.
@@ -288,14 +288,14 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
         device: of the parameters and buffers.
         dtype: of the parameters and buffers; need not be the input's.
         freeze_affine: they are buffers, which no optimizer sees; else trainable parameters.
-        activation: applied in the same pass; see :func:`frozen_bn.frozen_batch_norm`.
+        activation: applied in the same pass; see ``frozen_bn.frozen_batch_norm``.
         negative_slope: of ``"leaky_relu"``.
         inplace: write the output over the input.
 
     Raises:
         ValueError: an unknown ``activation``, or ``track_running_stats=False``.
         RuntimeError: from ``forward``, for an input of another rank, or as
-            :func:`frozen_bn.frozen_batch_norm`.
+            ``frozen_bn.frozen_batch_norm``.
     """
 
     _ranks = (4,)
@@ -316,7 +316,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 class FrozenBatchNorm3d(_FrozenBatchNorm):
     """Batch normalization of ``[N, C, D, H, W]`` inputs with fixed statistics.
 
-    See :class:`FrozenBatchNorm2d`.
+    See ``FrozenBatchNorm2d``.
     """
 
     _ranks = (5,)

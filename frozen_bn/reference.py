@@ -96,7 +96,7 @@ def frozen_batch_norm(
     residual: Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """What :func:`frozen_bn.frozen_batch_norm` computes, as a composition of PyTorch operators.
+    """What ``frozen_bn.frozen_batch_norm`` computes, as a composition of PyTorch operators.
 
     Same arguments, dtypes, shapes and errors; differentiable any number of times in every tensor
     argument, and transformable by ``torch.func``, ``torch.compile`` and the tracers.

@@ -96,7 +96,7 @@ def summary(module: nn.Module, *inputs: Any) -> str:
     which convolution, or skipped and why; and the totals.
 
     Args:
-        module: a model, before or after :func:`convert_frozen_bn`.
+        module: a model, before or after ``convert_frozen_bn``.
         *inputs: an example input. If given, the model is run on it as it is, and as it was with
             its batch normalizations in ``eval()``, and the activation bytes that each saves for
             the backward pass are added.

@@ -245,7 +245,7 @@ def run(*arguments: str) -> str:
 
 def test_python_dash_m_prints_the_configuration():
     _C.select_cpu_level(CPU_LEVELS[-1])
-    assert run("-m", "frozen_bn") == frozen_bn.show_config() + "\n"
+    assert run("-m", "frozen_bn").startswith(frozen_bn.show_config() + "\n")
 
 
 # ---- Where it was not built
