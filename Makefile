@@ -30,7 +30,8 @@ RUN   := $(VENV)/bin/python
 PIP   := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+# A file by one process: what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Of what a build prints: how far it is, and what went wrong.
 PROGRESS := sed --unbuffered --silent --regexp-extended \

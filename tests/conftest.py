@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
+from covering import covering
 from emulator import runtime
 from emulator.replace import pythons_node
 from helpers import CPU_LEVELS
@@ -23,9 +25,23 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def walk_through_new_objects_only() -> None:
+    """What a file before has imported and kept is no garbage of this one: with it, each collection
+    took seconds, and there were hundreds."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()  # pytest is about to collect garbage ten times over
+
+
 def pytest_configure(config: pytest.Config) -> None:
     text = "with each instruction set of this machine, where `device` is the CPU"
     config.addinivalue_line("markers", f"every_cpu_level: {text}")
+    text = "of its rows, so many that any n values of parameters meet in one; the rest are `long`"
+    config.addinivalue_line("markers", f"covering(n): {text}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,6 +73,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if emulates_nothing(item)])
     items[:] = [item for item in items if not emulates_nothing(item)]
+    mark_what_others_cover(items)
+
+
+def mark_what_others_cover(items: list[pytest.Item]) -> None:
+    """As `long`."""
+    products: dict[object, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
+            products.setdefault((item.parent, item.originalname), []).append(item)
+    for rows in products.values():
+        (strength,) = rows[0].get_closest_marker("covering").args
+        soon = [row for row in rows if not row.get_closest_marker("long")]
+        chosen = covering(([*row.callspec.params.values()] for row in soon), strength)
+        for row in {*soon} - {soon[number] for number in chosen}:
+            row.add_marker(pytest.mark.long)
 
 
 @functools.cache

@@ -58,6 +58,7 @@ def function_of(trainable: tuple[str, ...], tensors: dict[str, Tensor], **option
 # ---- What the gradients are
 
 
+@pytest.mark.covering(2)
 @activations
 @trainables
 def test_gradcheck(trainable, activation):
@@ -65,6 +66,7 @@ def test_gradcheck(trainable, activation):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.covering(2)
 @activations
 @trainables
 def test_gradgradcheck(trainable, activation):
@@ -72,6 +74,7 @@ def test_gradgradcheck(trainable, activation):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.long_emulated
 @pytest.mark.parametrize("view", ["whole", "sliced"])
 @activations
@@ -138,13 +141,14 @@ def test_batched_gradients(activation):
 
 
 @pytest.mark.long_emulated
-def test_gradients_without_channels():
+def test_gradients_without_channels(node):
     in_subprocess(  # where it once did not return
         "import torch\n"
         "from frozen_bn import frozen_batch_norm\n"
         "x, v = torch.zeros(2, 0, 3, 3, requires_grad=True), torch.ones(0)\n"
         "frozen_batch_norm(x, v, v).sum().backward()\n"
         "assert x.grad.shape == x.shape\n",
+        node,
         timeout=15,
     )
 
@@ -263,7 +267,9 @@ def test_inplace_keeps_no_activation_for_a_frozen_affine(activation):
     assert activation_sized(saved, h) == []
 
 
-def in_subprocess(code: str, timeout: int = 60, **environment: str) -> str:
+def in_subprocess(code: str, node: str, timeout: int = 60, **environment: str) -> str:
+    """Over the same autograd node as here; not in the emulator."""
+    environment["FROZEN_BN_NODE"] = "0" if node == "python" else "1"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -304,10 +310,11 @@ for layer in layers:
 """
 
 
+@pytest.mark.long_emulated
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_chain_of_eight_layers_holds_one_activation_where_batch_norm_holds_eight():
+def test_a_chain_of_eight_layers_holds_one_activation_where_batch_norm_holds_eight(node):
     # Let malloc give every freed tensor back at once, so that what is resident is what is held.
-    output = in_subprocess(MEASURE_MEMORY, MALLOC_MMAP_THRESHOLD_="1000000")
+    output = in_subprocess(MEASURE_MEMORY, node, MALLOC_MMAP_THRESHOLD_="1000000")
     plain, with_relu, batch_norm = map(float, output.split())
     assert plain < 1.5  # the output
     assert with_relu < 2  # and a 32nd of it eight times
@@ -364,6 +371,7 @@ def test_buffers_overwritten_between_forward_and_backward(activation):
     torch.testing.assert_close(all_gradients(model), expected)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("freeze_affine", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
@@ -473,6 +481,7 @@ def test_func_jacrev_and_jacfwd_agree():
     torch.testing.assert_close(torch.func.jacfwd(lambda x: ours(x, *others))(input), backward)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("freeze_affine", [False, True])
 @pytest.mark.parametrize("activation, inplace", [(None, False), ("relu", True), ("silu", False)])
 def test_compile_without_graph_breaks(activation, inplace, freeze_affine):
@@ -489,6 +498,7 @@ def test_compile_without_graph_breaks(activation, inplace, freeze_affine):
     torch.testing.assert_close(all_gradients(model) | {"x": x.grad, "y": y.detach()}, expected)
 
 
+@pytest.mark.covering(1)
 def test_compile_layers_of_different_eps():
     """From the second value on, torch.compile takes a float attribute for a symbol."""
     torch._dynamo.reset()

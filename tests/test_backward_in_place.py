@@ -35,6 +35,7 @@ def arguments_of(grad_output: Tensor, code: int, others: str) -> list[Tensor | i
     ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

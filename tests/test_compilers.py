@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import calm_, merged, randomize_
 from layers import EVERY_LAYER, C, assert_equals, layer, maps
-from nets import EVERY_CONVERSION, ONE_A_KIND, images, network
+from nets import ONE_A_KIND, images, network
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -32,7 +32,7 @@ def test_compile_a_layer_once(options, counter):
     assert counter.frame_count == 1
 
 
-@EVERY_CONVERSION
+@ONE_A_KIND
 def test_compile_a_network_once_for_many_steps(options, counter):
     """Weights that change are no reason to compile again."""
     net, twin = network(**options), network(**options)

@@ -61,9 +61,12 @@ def timm_mobilenet() -> nn.Module:
 MODELS = [
     pytest.param(resnet50, (2, 3, 64, 64), id="resnet50"),
     pytest.param(mobilenet_v3, (2, 3, 64, 64), id="mobilenet_v3_large"),
-    pytest.param(r3d_18, (2, 3, 4, 32, 32), id="r3d_18"),
+    # In test_models.py, too.
+    pytest.param(r3d_18, (2, 3, 4, 32, 32), id="r3d_18", marks=pytest.mark.long),
     pytest.param(faster_rcnn, None, id="faster_rcnn", marks=pytest.mark.long),
-    pytest.param(faster_rcnn_on_a_frozen_backbone, None, id="faster_rcnn-frozen"),
+    pytest.param(
+        faster_rcnn_on_a_frozen_backbone, None, id="faster_rcnn-frozen", marks=pytest.mark.long
+    ),
     pytest.param(timm_mobilenet, (2, 3, 64, 64), id="timm_mobilenetv3_small"),
 ]
 

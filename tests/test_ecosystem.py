@@ -124,6 +124,7 @@ def test_trains_unmodified(name, way):
     assert constants <= {n for n, _ in model.named_buffers()} - moved
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", ["plain", "fuse", "fold_conv"])
 @every_case
 def test_summary_names_the_fate_of_each_layer(name, way):

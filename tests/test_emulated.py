@@ -87,6 +87,7 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.covering(2)
 @shapes
 @kinds_soon
 @activations
@@ -101,6 +102,7 @@ def test_results_do_not_depend_on_the_order_of_the_warps(shape, dtype, channels_
         emulator.seed = None
 
 
+@pytest.mark.covering(2)
 @shapes
 @kinds_soon
 @activations
@@ -115,6 +117,7 @@ def test_indices_beyond_32_bits(case):
     huge.compare(the_emulator(), case)
 
 
+@pytest.mark.covering(2)
 @shapes
 @kinds
 @pytest.mark.parametrize("offset", [1, pytest.param(3, marks=pytest.mark.long), 8])

@@ -67,6 +67,7 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.covering(2)
 @shapes
 @kinds
 @activations
@@ -81,6 +82,7 @@ def test_results_do_not_depend_on_the_order_of_the_warps(shape, dtype, channels_
     assert_same_bits(other, in_step)
 
 
+@pytest.mark.covering(2)
 @shapes
 @kinds
 @activations

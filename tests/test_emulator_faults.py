@@ -176,3 +176,8 @@ def test_mutations_of_the_kernels_are_noticed(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert re.search("mask bit.*AssertionError.*grad_input", lines[0])
     assert re.search("misaligned.*EmulationError.*not aligned to its 16 bytes", lines[1])
+
+
+@pytest.mark.parametrize("mutation", mutate.MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_is_of_a_text_that_is_there(mutation, tmp_path):
+    mutate.mutated(mutation, tmp_path)

@@ -41,6 +41,7 @@ def leaves_of(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[T
     return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
 
 
+@pytest.mark.covering(2)
 @dtypes
 @layouts
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -63,6 +64,7 @@ def test_gradients_of_everything(shape, channels_last, dtype, device):
         assert_gradient_close(got, want, dtype)
 
 
+@pytest.mark.covering(2)
 @dtypes
 @layouts
 @pytest.mark.parametrize("activation", ["relu", "silu"])

@@ -37,6 +37,7 @@ def exported(net: nn.Module, *inputs: Tensor, strict: bool = False) -> torch.exp
     return torch.export.load(file)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("strict", [False, True])
 @EVERY_LAYER
 def test_export_a_layer(options, strict):
@@ -56,6 +57,7 @@ def test_export_a_layer(options, strict):
         assert_equals(program.module(), net, *maps(batch, C, 5, 3))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("strict", [False, True])
 @ONE_A_KIND
 def test_export_a_network(options, strict):
@@ -83,6 +85,7 @@ def run_onnx(net: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> Tensor:
     return torch.from_numpy(output)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @EVERY_LAYER
 def test_onnx_of_a_layer(options, dtype, tmp_path):
@@ -93,9 +96,8 @@ def test_onnx_of_a_layer(options, dtype, tmp_path):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.long)]
-)
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @ONE_A_KIND
 def test_onnx_of_a_network(options, dtype, tmp_path):
     net, x = network(**options).to(dtype).eval(), images().to(dtype)
@@ -124,6 +126,7 @@ def test_symbolic_trace_of_a_network(options):
         assert_equals(traced, net, torch.randn(shape))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @EVERY_LAYER
 def test_make_fx_of_a_layer_and_its_gradients(options, mode):
@@ -142,6 +145,7 @@ def test_make_fx_of_a_layer_and_its_gradients(options, mode):
     torch.testing.assert_close(traced(*inputs), function(*inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @ONE_A_KIND
 def test_make_fx_of_a_network(options, mode):

@@ -55,6 +55,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("freeze_affine", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 3])

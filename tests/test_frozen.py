@@ -255,6 +255,7 @@ def plainly(layer: nn.Module):
     return run
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("freeze_affine", [True, False])
 @pytest.mark.parametrize(("shape", "order"), CASES, ids=str)

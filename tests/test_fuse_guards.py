@@ -104,6 +104,7 @@ PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("part", PARTS)
@@ -187,6 +188,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @BOTH

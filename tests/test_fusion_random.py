@@ -360,7 +360,10 @@ def source_of(net: nn.Module) -> str:
     return "\n".join(m.text for m in info.methods.values()) if info else "not fused"
 
 
-@pytest.mark.parametrize("first", range(0, 300, 20))
+@pytest.mark.parametrize(
+    "first",
+    [*range(0, 100, 20), *(pytest.param(n, marks=pytest.mark.long) for n in range(100, 300, 20))],
+)
 def test_random_methods(first):
     fused = [assert_alike(seed) for seed in range(first, first + 20)]
     assert sum(fused) > 10

@@ -71,6 +71,7 @@ PARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("before", [True, False], ids=["before fusing", "after fusing"])
 @pytest.mark.parametrize("change", PARAMETRIZED.values(), ids=PARAMETRIZED)
 @EVERY_CONVERSION

@@ -143,6 +143,7 @@ KINDS = {
 }
 
 
+@pytest.mark.covering(2)
 @needs_compiled
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -417,6 +418,7 @@ def test_threads_of_their_own():
 # ---- Nothing is kept
 
 
+@pytest.mark.covering(2)
 @both_nodes
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])

@@ -144,6 +144,7 @@ def described(t: Tensor) -> tuple:
     return t.dtype, tuple(t.shape), t.stride()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

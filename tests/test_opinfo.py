@@ -11,18 +11,18 @@ from torch import Tensor
 
 from frozen_bn import frozen_batch_norm
 
-# PyTorch's test-suite, of which this is a part, wants this package.
-pytest.importorskip("expecttest")
-from torch.testing._internal.common_methods_invocations import op_db
-
-BATCH_NORM = next(op for op in op_db if op.name == "nn.functional.batch_norm")
 PARAMETERS = list(inspect.signature(F.batch_norm).parameters)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def inference_samples(dtype: torch.dtype) -> list[dict]:
     """The arguments of those that normalize with given statistics, by name."""
-    samples = BATCH_NORM.sample_inputs("cpu", dtype, requires_grad=True)
+    # PyTorch's test-suite, which has them, wants this package; it takes seconds to import.
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    batch_norm = next(op for op in op_db if op.name == "nn.functional.batch_norm")
+    samples = batch_norm.sample_inputs("cpu", dtype, requires_grad=True)
     named = [
         dict(zip(PARAMETERS, (s.input, *s.args), strict=False)) | dict(s.kwargs) for s in samples
     ]

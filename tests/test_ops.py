@@ -47,6 +47,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -59,6 +60,7 @@ def test_forward_is_the_rounded_exact_result(shape, dtype, channels_last, device
     assert_close_to_exact(y, exact(x, statistics), terms_of(x, statistics, None))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,6 +83,7 @@ def gradients(function, leaves: list[Tensor], statistics, grad_output: Tensor, *
     return torch.autograd.grad(y, leaves, grad_output)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,6 +178,7 @@ def test_tiny_variance_does_not_underflow_in_half(dtype, device):
     torch.testing.assert_close(y, x, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("kind", AWKWARD)
 @pytest.mark.parametrize("role", ["input", "residual", "grad_output", "all"])

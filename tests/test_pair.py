@@ -86,6 +86,7 @@ def test_the_reference_is_the_sum_of_two_batch_norms(activation):
     torch.testing.assert_close(y, function(z))
 
 
+@pytest.mark.covering(2)
 @channels_last
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,6 +98,7 @@ def test_forward_is_the_rounded_exact_result(shape, dtype, channels_last, device
     assert_close_to_exact(y, exact(x, a, r, b), terms(x, a, r, b))
 
 
+@pytest.mark.covering(2)
 @activations
 @dtypes
 @channels_last
@@ -108,6 +110,7 @@ def test_activations(channels_last, dtype, activation, device):
     assert_close_to_exact(y, exact(x, a, r, b, **options), terms(x, a, r, b))
 
 
+@pytest.mark.covering(3)
 @activations
 @dtypes
 @channels_last
@@ -131,6 +134,7 @@ def test_gradients_agree_with_float64(shape, channels_last, dtype, activation, d
         assert_gradient_close(got, want, dtype)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("kind", AWKWARD)
 @pytest.mark.parametrize("role", ["input", "residual", "grad_output", "all"])
@@ -149,6 +153,7 @@ def test_any_strides(kind, role, activation, device):
     assert [y.stride() for y, *_ in outcomes] == [output_strides(leaves[0])] * 2
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("parameters", DTYPES)
 @dtypes
 def test_parameters_of_any_dtype(dtype, parameters, device):
@@ -238,6 +243,7 @@ def test_large_outputs_and_thread_counts(threads):
 # ---- In place
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("needs", [(), ("input",), ("residual",), BRANCHES], ids="+".join)
 @activations
@@ -291,6 +297,7 @@ def function_of(trainable: tuple[str, ...], **options: object):
     return function, tuple(branches[n].requires_grad_() for n in trainable)
 
 
+@pytest.mark.covering(2)
 @both_nodes
 @activations
 @trainables
@@ -298,6 +305,7 @@ def test_gradcheck(trainable, activation):
     assert torch.autograd.gradcheck(*function_of(trainable, activation=activation))
 
 
+@pytest.mark.covering(2)
 @both_nodes
 @activations
 @trainables
@@ -382,6 +390,7 @@ def test_no_gradients_no_node():
 # ---- A trainable affine
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize(

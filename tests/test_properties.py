@@ -201,7 +201,9 @@ def check_examples(most: int) -> None:
 @pytest.mark.long_emulated
 @pytest.mark.every_cpu_level
 def test_arguments_that_nobody_would_think_of(device):
-    check_examples(150 if device in CPU_LEVELS else 75)
+    """Most of them by the kernels that most will run."""
+    on_the_cpu = dict.fromkeys(CPU_LEVELS, 50) | {CPU_LEVELS[-1]: 150}
+    check_examples(on_the_cpu.get(device, 75))
 
 
 @pytest.mark.long

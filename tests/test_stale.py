@@ -168,6 +168,7 @@ def expected(net: nn.Module) -> Tensor:
         return plain(images())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @EVERY_CONVERSION

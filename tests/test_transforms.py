@@ -85,6 +85,7 @@ def networks(conversion: str, activation: Callable[[], nn.Module]) -> tuple[nn.M
     return live, convert_frozen_bn(copy.deepcopy(live), **CONVERSIONS[conversion])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("transform", TRANSFORMS)

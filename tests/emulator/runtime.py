@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import os
 import re
 import shutil
@@ -215,7 +216,14 @@ class Emulator:
 
     def _program(self, name: str) -> Program:
         if name not in self._programs:
-            self._programs[name] = Program(self._own().kernel(name))
+            # Tens of thousands of objects that stay: nothing for the garbage collector to walk
+            # through again and again.
+            gc.disable()
+            try:
+                self._programs[name] = Program(self._own().kernel(name))
+            finally:
+                gc.enable()
+            gc.freeze()
         return self._programs[name]
 
     @contextmanager
