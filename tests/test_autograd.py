@@ -149,7 +149,6 @@ def test_gradients_without_channels(node):
         "frozen_batch_norm(x, v, v).sum().backward()\n"
         "assert x.grad.shape == x.shape\n",
         node,
-        timeout=15,
     )
 
 
@@ -267,14 +266,14 @@ def test_inplace_keeps_no_activation_for_a_frozen_affine(activation):
     assert activation_sized(saved, h) == []
 
 
-def in_subprocess(code: str, node: str, timeout: int = 60, **environment: str) -> str:
+def in_subprocess(code: str, node: str, **environment: str) -> str:
     """Over the same autograd node as here; not in the emulator."""
     environment["FROZEN_BN_NODE"] = "0" if node == "python" else "1"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=60,  # to import torch has taken 15 seconds on a busy machine
         env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
