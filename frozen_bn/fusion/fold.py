@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import Statistics, arithmetic_dtype
+from ..functional import frozen_batch_norm
 from ..modules import _FrozenBatchNorm
 
 VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -63,29 +64,39 @@ class Sources(NamedTuple):
         return cls(weight, bias, bn.statistics())
 
 
-def fold(conv: nn.Module, sources: Sources) -> tuple[Tensor, Tensor]:
-    """The weight and bias of the convolution that does the work of both, computed in float32
-    (float64 if that is the dtype of ``conv``), the weight rounded once to that of ``conv``.
-    Differentiable."""
-    weight, conv_bias, (mean, var, bn_weight, bn_bias, eps) = sources
-    dtype = arithmetic_dtype(weight)
-    scale = torch.rsqrt(var.to(dtype) + eps)
-    if bn_weight is not None:
-        scale = bn_weight.to(dtype) * scale
-    mean = mean.to(dtype)
-    if conv_bias is not None:
-        mean = mean - conv_bias.to(dtype)
-    elif scale.requires_grad:
-        mean = mean.clone()  # which autograd saves, while DDP may write to the buffer
-    if bn_bias is not None:
-        bias = torch.addcmul(bn_bias.to(dtype), mean, scale, value=-1)
-    else:
-        bias = -mean * scale
+def _scale(bn: Statistics, dtype: torch.dtype) -> Tensor:
+    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+    return scale if bn.weight is None else bn.weight.to(dtype) * scale
+
+
+def _folded_weight(conv: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
+    """Rounded once to the dtype of ``weight``; half precision is widened by the product itself."""
     if type(conv) in _TRANSPOSED:
         factor = _factor_of_transposed(weight, scale, conv.groups)  # type: ignore[arg-type]
     else:
         factor = scale.reshape([-1] + [1] * (weight.dim() - 1))
-    return (weight.to(dtype) * factor).to(weight.dtype), bias
+    return (weight * factor).to(weight.dtype)
+
+
+def _folded_bias(own: Tensor | None, bn: Statistics, scale: Tensor) -> Tensor:
+    """In the dtype of ``scale``. ``own``: the convolution's."""
+    mean = bn.running_mean.to(scale.dtype)
+    if own is not None:
+        mean = mean - own.to(scale.dtype)
+    elif scale.requires_grad:
+        mean = mean.clone()  # which autograd saves, while DDP may write to the buffer
+    if bn.bias is None:
+        return -mean * scale
+    return torch.addcmul(bn.bias.to(scale.dtype), mean, scale, value=-1)
+
+
+def fold(conv: nn.Module, sources: Sources) -> tuple[Tensor, Tensor]:
+    """The weight and bias of the convolution that does the work of both, computed in float32
+    (float64 if that is the dtype of ``conv``), the weight rounded once to that of ``conv``.
+    Differentiable."""
+    weight, bias, bn = sources
+    scale = _scale(bn, arithmetic_dtype(weight))
+    return _folded_weight(conv, weight, scale), _folded_bias(bias, bn, scale)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -99,6 +110,15 @@ def is_trained(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
     return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
 
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """What autocast makes of a weight that has another dtype."""
+    device = weight.device.type
+    if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return None if dtype == weight.dtype else dtype
+
+
 def convolve(
     conv: nn.Module, statistics: Statistics, input: Tensor, bias_later: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -110,8 +130,17 @@ def convolve(
     too many ways, to notice it.
     """
     source, own = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
-    weight, bias = fold(conv, Sources(source, own, statistics))
-    own, later = (None, bias) if bias_later else (bias.to(weight.dtype), None)
+    scale = _scale(statistics, arithmetic_dtype(source))
+    weight, later = _folded_weight(conv, source, scale), None
+    narrow = _autocast_dtype(source) if own is None and not bias_later else None
+    if narrow is not None:
+        # Made in the dtype that the convolution wants, which else would cast it: what the layer
+        # makes of no bias.
+        zeros = torch.zeros_like(statistics.running_mean, dtype=narrow)
+        own = frozen_batch_norm(zeros.unsqueeze(0), *statistics).squeeze(0)
+    else:
+        bias = _folded_bias(own, statistics, scale)
+        own, later = (None, bias) if bias_later else (bias.to(weight.dtype), None)
     transposed = _TRANSPOSED.get(type(conv))
     if transposed is None:
         return conv._conv_forward(input, weight, own), later  # type: ignore[operator]
