@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from frozen_bn import ops
 
 from . import model, model_peers, op, peers, pictures, roofline, targets
+from .cases import Precision
 from .model_peers import WORKLOADS
 from .op import Settings
 from .rows import Row, environment, save
@@ -72,6 +73,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, help="of layers and networks; default: their own, 1 to 16"
     )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--amp", choices=("bfloat16", "float16"), help="networks: under autocast, not in float32"
+    )
+    precision.add_argument("--half", action="store_true", help="networks: after model.half()")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--inplace-followers",
@@ -91,13 +97,16 @@ def _plan(options: argparse.Namespace, benchmark: str) -> Plan:
 def jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
     """What to run, by name."""
     wanted = BENCHMARKS if options.benchmark == "all" else (options.benchmark,)
+    autocast = None if options.amp is None else getattr(torch, options.amp)
+    precision = Precision(autocast, options.half)
 
     def chosen(name: str) -> bool:
         return re.search(options.filter, name) is not None
 
     def settings(benchmark: str) -> Settings:
         plan = _plan(options, benchmark)
-        return Settings(device, plan, not options.no_compile, options.inplace_followers)
+        followers = options.inplace_followers
+        return Settings(device, plan, not options.no_compile, followers, precision)
 
     if "overhead" in wanted:
         yield "overhead", partial(op.overhead, settings("overhead"))

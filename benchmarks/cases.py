@@ -26,6 +26,25 @@ Mode = Literal["forward", "backward", "full", "no-grad", "in place"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "full", "no-grad")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a network is run: as it is, under autocast, or after ``half()``."""
+
+    autocast: torch.dtype | None = None
+    half: bool = False
+
+    def __str__(self) -> str:
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        if self.autocast is not None:
+            return f"{names[self.autocast]} autocast"
+        return "fp16" if self.half else "fp32"
+
+
+AS_IT_IS = Precision()
+
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 SHAPES: tuple[Shape, ...] = (

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from frozen_bn.report import saved_bytes
 
-from .cases import LAYOUTS
+from .cases import AS_IT_IS, LAYOUTS
+from .casts import casts
 from .model_peers import Workload, loss_of, networks, role
 from .op import Settings
 from .rows import Row, timed
@@ -35,13 +36,20 @@ def bench(
 ) -> list[Row]:
     """Every contender on one network in one layout. ``wanted``: "model", "memory" or both."""
     nets = networks(workload, compiled=settings.compiled)
-    problem = workload.name, "fp32", layout, workload.shape
+    precision = settings.precision
+    problem = workload.name, str(precision), layout, workload.shape
     losses, steps, rows = {}, {}, []
     for name, net in nets.items():
         net.to(settings.device, memory_format=LAYOUTS[layout])
-        losses[name] = loss_of(net, workload, settings.device)
+        if precision.half:
+            net.half()
+        losses[name] = loss_of(net, workload, settings.device, precision)
         steps[name] = _step(net, losses[name])
         steps[name]()  # compiles, and lets the first momentum of things settle
+        if precision != AS_IT_IS and role(name) != "beside":
+            counted = {"details": casts(steps[name])}
+            key = {"mode": STEP, "contender": name, "role": role(name)}
+            rows.append(Row("casts", *problem, **key, **counted))
         if "memory" in wanted:
             saved = saved_bytes(net, losses[name])
             peak = peak_bytes(steps[name], settings.device)

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torchvision  # type: ignore[import-untyped]
@@ -17,11 +18,12 @@ from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
 
 import frozen_bn
 
-from .cases import Shape
+from .cases import Precision, Shape
 
 DELETED = "BN deleted"
 EVAL = "BN in eval()"
 TORCHVISION = "torchvision FrozenBN"
+DETECTRON2 = "detectron2's formula"
 COMPILED = "torchvision, compiled"
 MMCV = "eval(), mmcv's trick"
 PLAIN = "frozen_bn"
@@ -32,7 +34,8 @@ FOLDED = "frozen_bn, folded"
 EXPLAINED = (
     "A training step is forward, backward and SGD; the affine is frozen in all. BN deleted: the "
     "network with nn.Identity for its batch normalizations, the floor. fused: convert_frozen_bn(); "
-    "folded: fold_conv=True. compiled: torch.compile of the network (of a detector's backbone)."
+    "folded: fold_conv=True. compiled: torch.compile of the network (of a detector's backbone). "
+    "Under autocast the loss is computed there too; no gradients are scaled."
 )
 
 
@@ -40,7 +43,7 @@ def role(name: str) -> str:
     """``ours``, ``floor``, ``peer``, or ``beside``: compiled, which is no eager peer."""
     if name in (PLAIN, FUSED, FOLDED):
         return "ours"
-    return {DELETED: "floor", COMPILED: "beside"}.get(name, "peer")
+    return "floor" if name == DELETED else "beside" if "compiled" in name else "peer"
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,23 @@ def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mo
     return module
 
 
-def _torchvision_frozen(bn: nn.Module) -> nn.Module:
-    frozen: nn.Module = FrozenBatchNorm2d(bn.num_features, bn.eps)
+def _frozen_as(kind: type[nn.Module], bn: nn.Module) -> nn.Module:
+    frozen = kind(bn.num_features, bn.eps)
     frozen.load_state_dict(bn.state_dict())
     return frozen
+
+
+class _Detectron2(FrozenBatchNorm2d):  # type: ignore[misc]
+    """What detectron2's class computes, by the same operators, from the same buffers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            vectors = self.running_mean, self.running_var, self.weight, self.bias
+            return torch.nn.functional.batch_norm(x, *vectors, training=False, eps=self.eps)
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        scale, bias = scale.reshape(1, -1, 1, 1), bias.reshape(1, -1, 1, 1)
+        return x * scale.to(x.dtype) + bias.to(x.dtype)
 
 
 def _in_eval_mode(net: nn.Module) -> nn.Module:
@@ -169,29 +185,47 @@ def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Modul
     def frozen(**options: bool) -> nn.Module:
         return frozen_bn.convert_frozen_bn(copy.deepcopy(live), **options)
 
-    def torchvision_net() -> nn.Module:
-        return _replace(copy.deepcopy(live), _torchvision_frozen)
+    def replaced(kind: type[nn.Module]) -> nn.Module:
+        return _replace(copy.deepcopy(live), partial(_frozen_as, kind))
 
     nets = {
         DELETED: _replace(copy.deepcopy(live), lambda bn: nn.Identity()),
         EVAL: _in_eval_mode(copy.deepcopy(live)),
-        TORCHVISION: torchvision_net(),
+        TORCHVISION: replaced(FrozenBatchNorm2d),
+        DETECTRON2: replaced(_Detectron2),
         PLAIN: frozen(fuse=False),
         FUSED: frozen(),
         FOLDED: frozen(fold_conv=True),
     }
     if compiled:
-        nets[COMPILED] = _compiled(torchvision_net())
+        nets[COMPILED] = _compiled(replaced(FrozenBatchNorm2d))
     if MMCV not in left_out(compiled):
         nets[MMCV] = _with_mmcv_trick(_in_eval_mode(copy.deepcopy(live)))
     return nets
 
 
-def loss_of(net: nn.Module, workload: Workload, device: torch.device) -> Callable[[], Tensor]:
+def _in_precision(
+    loss: Callable[[], Tensor], precision: Precision, device: torch.device
+) -> Callable[[], Tensor]:
+    if precision.autocast is None:
+        return loss
+
+    def cast() -> Tensor:
+        with torch.autocast(device.type, precision.autocast):
+            return loss()
+
+    return cast
+
+
+def loss_of(
+    net: nn.Module, workload: Workload, device: torch.device, precision: Precision
+) -> Callable[[], Tensor]:
     """A function that runs ``net`` forward on inputs that are the same for all networks."""
     generator = torch.Generator().manual_seed(1)
     count, size = workload.batch, workload.size
     images = torch.randn(count, 3, size, size, generator=generator).to(device)
+    if precision.half:
+        images = images.half()
     if not workload.detection:
         channels_last = next(p for p in net.parameters() if p.dim() == 4).is_contiguous(
             memory_format=torch.channels_last
@@ -199,7 +233,8 @@ def loss_of(net: nn.Module, workload: Workload, device: torch.device) -> Callabl
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(1000, (count,), generator=generator).to(device)
-        return lambda: torch.nn.functional.cross_entropy(net(images), labels)
+        entropy = torch.nn.functional.cross_entropy
+        return _in_precision(lambda: entropy(net(images), labels), precision, device)
     corners = torch.rand(count, 8, 2, generator=generator) * size / 2
     boxes = torch.cat([corners, corners + size / 4], -1).to(device)
     targets = [
@@ -211,4 +246,4 @@ def loss_of(net: nn.Module, workload: Workload, device: torch.device) -> Callabl
         losses: dict[str, Tensor] = net([*images], targets)
         return torch.stack([*losses.values()]).sum()
 
-    return loss
+    return _in_precision(loss, precision, device)

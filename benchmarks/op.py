@@ -18,6 +18,7 @@ from frozen_bn.report import saved_bytes
 
 from . import peers, traffic
 from .cases import (
+    AS_IT_IS,
     INPLACE_SHAPES,
     MODES,
     OVERHEAD_SHAPE,
@@ -28,6 +29,7 @@ from .cases import (
     Contender,
     Mode,
     Operation,
+    Precision,
     Setup,
     every_case,
 )
@@ -49,12 +51,13 @@ PASSES: dict[Mode, tuple[Pass, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How a layer is measured."""
+    """How a layer or a network is measured."""
 
     device: torch.device
     plan: Plan
     compiled: bool = True
     inplace_followers: bool = False
+    precision: Precision = AS_IT_IS  # of networks
 
     def setup(self, case: Case) -> Setup:
         return Setup(case, self.device, inplace_followers=self.inplace_followers)

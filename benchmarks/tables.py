@@ -89,7 +89,8 @@ def model_table(found: Sequence[Line]) -> Table:
     headings = ["contender"]
     for line in found:
         headings += [f"{line.first.mode} ms", "/ BN deleted", f"{model_peers.FUSED} / this"]
-    title = f"{first.operation} {size}, {first.layout}: measured, medians, 20-80 % quantiles"
+    where = f"{first.operation} {size}, {first.dtype}, {first.layout}"
+    title = f"{where}: measured, medians, 20-80 % quantiles"
     table = Table(title, headings)
     for name in found[0].rows:
         cells = []
@@ -117,7 +118,8 @@ def memory_tables(rows: Iterable[Row]) -> list[Table]:
         tables.append(layers)
     for line in lines(rows, "memory", "step"):
         size = "x".join(map(str, line.first.shape))
-        title = f"memory of {line.first.operation} {size}, {line.first.layout}: measured"
+        first = line.first
+        title = f"memory of {first.operation} {size}, {first.dtype}, {first.layout}: measured"
         headings = ("contender", "saved MiB", "/ BN deleted", "peak of a step, MiB", "/ BN deleted")
         table = Table(title, headings)
         floor = line.floor
@@ -131,6 +133,24 @@ def memory_tables(rows: Iterable[Row]) -> list[Table]:
             ]
             saved, peak = _mib(row.saved_bytes), _mib(row.peak_bytes)
             table.cells.append((name, saved, ratios[0], peak, ratios[1]))
+        tables.append(table)
+    return tables
+
+
+def cast_tables(rows: Iterable[Row]) -> list[Table]:
+    """One for each network."""
+    tables = []
+    for line in lines(rows, "casts"):
+        first, size = line.first, "x".join(map(str, line.first.shape))
+        title = (
+            f"casts in a step of {first.operation} {size}, {first.dtype}, {first.layout}: counted, "
+            "of tensors of two dimensions and more; operators that are given two dtypes"
+        )
+        table = Table(title, ("contender", "casts", "MiB read and written", "two dtypes"))
+        for name, row in line.rows.items():
+            found = row.details
+            mib = _mib(found["cast_bytes"])
+            table.cells.append((name, str(found["casts"]), mib, str(found["mixed"])))
         tables.append(table)
     return tables
 
@@ -182,7 +202,7 @@ def measured_tables(rows: Sequence[Row]) -> list[Table]:
     for line in lines(rows, "model"):
         networks.setdefault(line.key[:-1], []).append(line)
     tables += [model_table(found) for found in networks.values()]
-    return tables + memory_tables(rows)
+    return tables + cast_tables(rows) + memory_tables(rows)
 
 
 def wide_console() -> Console:

@@ -13,7 +13,9 @@ tool = pytest.importorskip(
     "benchmarks.__main__",
     reason="needs rich, timm and matplotlib, and the repository's root as cwd",
 )
-from benchmarks import cases, compare, op, peers, pictures, rows, targets  # noqa: E402
+from torchvision.models.resnet import BasicBlock  # noqa: E402
+
+from benchmarks import cases, compare, model, model_peers, op, peers, pictures, rows, targets  # noqa: E402
 from benchmarks.timing import Plan, Quantiles, Timing  # noqa: E402
 
 CASE = cases.Case("fp32", "contiguous", "residual+relu", (1, 8, 4, 4))
@@ -105,6 +107,64 @@ def test_in_place_overhead_and_memory():
     everything = in_place + overhead + list(found.values())
     assert len(tool.measured_tables(everything)) == 8
     assert targets.verdicts(everything)
+
+
+PRECISIONS = [
+    pytest.param(cases.AS_IT_IS, marks=pytest.mark.long),
+    cases.Precision(autocast=torch.bfloat16),
+    pytest.param(cases.Precision(autocast=torch.float16), marks=pytest.mark.long),
+    pytest.param(cases.Precision(half=True), marks=pytest.mark.long),
+]
+
+
+class WithLogits(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).mean((2, 3)).repeat(1, 200)
+
+
+def tiny() -> torch.nn.Module:
+    return WithLogits(*model_peers._chain(8, lambda: BasicBlock(8, 8))[:4])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_a_network_in_every_precision(precision):
+    workload = model_peers.Workload("tiny", tiny, 1, 8)
+    settings = replace(SETTINGS, precision=precision)
+    found = model.bench(workload, "channels_last", settings, ("model", "memory"))
+    names = {row.contender for row in found}
+    assert {model_peers.DETECTRON2, model_peers.TORCHVISION, model_peers.FUSED} < names
+    assert {row.dtype for row in found} == {str(precision)}
+    assert {row.mode for row in found} == {model.STEP, model.NO_GRAD}
+    casts = {row.contender: row.details for row in found if row.benchmark == "casts"}
+    assert bool(casts) == (precision != cases.AS_IT_IS)
+    if precision.autocast is not None:  # torchvision's class widens, and what follows narrows
+        ours, floor = casts[model_peers.FUSED], casts[model_peers.DELETED]
+        assert ours == floor
+        assert casts[model_peers.TORCHVISION]["mixed"] > floor["mixed"] == 0
+        assert casts[model_peers.TORCHVISION]["cast_bytes"] > floor["cast_bytes"]
+    titles = [table.title for table in tool.measured_tables(found)]
+    assert all(str(precision) in title for title in titles)
+    assert sum("casts" in title for title in titles) == bool(casts)
+    assert targets.verdicts(found)
+
+
+def test_the_precision_is_asked_for():
+    for given, name in (
+        ([], "fp32"),
+        (["--amp", "float16"], "fp16 autocast"),
+        (["--half"], "fp16"),
+    ):
+        options = tool.arguments(["model", "--quick", *given])
+        ((_, job),) = tool.jobs(options, torch.device("cpu"))
+        assert str(job.args[2].precision) == name
+
+
+def test_detectron2s_formula_is_the_layer():
+    norm = torch.nn.BatchNorm2d(8).eval()
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 1.5)
+    frozen = model_peers._frozen_as(model_peers._Detectron2, norm)
+    for x in (torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3, requires_grad=True)):
+        torch.testing.assert_close(frozen(x), norm(x))
 
 
 def test_ratios_are_of_the_same_round():
