@@ -78,6 +78,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--amp", choices=("bfloat16", "float16"), help="networks: under autocast, not in float32"
     )
     precision.add_argument("--half", action="store_true", help="networks: after model.half()")
+    parser.add_argument(
+        "--contenders",
+        default="",
+        metavar="REGEX",
+        help="networks: those whose name it is found in, besides the three that are always there",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--inplace-followers",
@@ -106,7 +112,8 @@ def jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
     def settings(benchmark: str) -> Settings:
         plan = _plan(options, benchmark)
         followers = options.inplace_followers
-        return Settings(device, plan, not options.no_compile, followers, precision)
+        compiled = not options.no_compile
+        return Settings(device, plan, compiled, followers, precision, options.contenders)
 
     if "overhead" in wanted:
         yield "overhead", partial(op.overhead, settings("overhead"))

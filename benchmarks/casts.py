@@ -12,6 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def _is_vector(tensor: Tensor) -> bool:
+    return sum(n > 1 for n in tensor.shape) < 2
+
+
 class _Casts(TorchDispatchMode):
     """Vectors of channels are not counted: a cast of one is a launch, and no bytes to speak of."""
 
@@ -26,11 +30,11 @@ class _Casts(TorchDispatchMode):
             for part in ((args, kwargs), result)
         )
         name = func._schema.name.removeprefix("aten::")
-        if name in ("_to_copy", "copy_") and after and after[0].dim() > 1:
+        if name in ("_to_copy", "copy_") and after and not _is_vector(after[0]):
             if len({t.dtype for t in before + after}) > 1:
                 self.casts += 1
                 self.bytes += before[-1].nbytes + after[0].nbytes
-        elif func.namespace == "aten" and len(before) > 1 and max(t.dim() for t in before) > 1:
+        elif func.namespace == "aten" and not all(map(_is_vector, before)):
             self.mixed += len({t.dtype for t in before}) > 1
         return result
 

@@ -12,7 +12,7 @@ from frozen_bn.report import saved_bytes
 
 from .cases import AS_IT_IS, LAYOUTS
 from .casts import casts
-from .model_peers import Workload, loss_of, networks, role
+from .model_peers import Workload, chosen, loss_of, networks, role
 from .op import Settings
 from .rows import Row, timed
 from .timing import measure, peak_bytes
@@ -35,7 +35,7 @@ def bench(
     workload: Workload, layout: str, settings: Settings, wanted: Collection[str]
 ) -> list[Row]:
     """Every contender on one network in one layout. ``wanted``: "model", "memory" or both."""
-    nets = networks(workload, compiled=settings.compiled)
+    nets = chosen(networks(workload, compiled=settings.compiled), settings.contenders)
     precision = settings.precision
     problem = workload.name, str(precision), layout, workload.shape
     losses, steps, rows = {}, {}, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -202,6 +203,15 @@ def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Modul
     if MMCV not in left_out(compiled):
         nets[MMCV] = _with_mmcv_trick(_in_eval_mode(copy.deepcopy(live)))
     return nets
+
+
+def chosen(nets: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    """Those whose name the pattern is found in, and what all are compared with."""
+    return {
+        name: net
+        for name, net in nets.items()
+        if name in (DELETED, TORCHVISION, FUSED) or re.search(pattern, name)
+    }
 
 
 def _in_precision(

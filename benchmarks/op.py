@@ -58,6 +58,7 @@ class Settings:
     compiled: bool = True
     inplace_followers: bool = False
     precision: Precision = AS_IT_IS  # of networks
+    contenders: str = ""  # of networks, those whose name this is found in
 
     def setup(self, case: Case) -> Setup:
         return Setup(case, self.device, inplace_followers=self.inplace_followers)

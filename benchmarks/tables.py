@@ -144,7 +144,7 @@ def cast_tables(rows: Iterable[Row]) -> list[Table]:
         first, size = line.first, "x".join(map(str, line.first.shape))
         title = (
             f"casts in a step of {first.operation} {size}, {first.dtype}, {first.layout}: counted, "
-            "of tensors of two dimensions and more; operators that are given two dtypes"
+            "but for vectors; operators that are given two dtypes"
         )
         table = Table(title, ("contender", "casts", "MiB read and written", "two dtypes"))
         for name, row in line.rows.items():

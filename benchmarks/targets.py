@@ -80,7 +80,8 @@ def _speedups(found: Iterable[Line]) -> dict[str, Quantiles]:
 def _network(line: Line) -> list[Verdict]:
     """Of the faster of the fused and the folded network."""
     names = (model_peers.FUSED, model_peers.FOLDED)
-    best = min((line.rows[name] for name in names), key=lambda row: row.median)
+    measured = (line.rows[name] for name in names if name in line.rows)
+    best = min(measured, key=lambda row: row.median)
     first = line.first
     what = f"{first.operation} {first.dtype} {first.layout}, {best.contender}"
     torchvision = line.rows[model_peers.TORCHVISION].ratios[best.contender].inverse()
@@ -102,7 +103,7 @@ def _network(line: Line) -> list[Verdict]:
 
 def _saved(line: Line) -> Verdict:
     names = (model_peers.FUSED, model_peers.FOLDED)
-    saved = {name: line.rows[name].saved_bytes or 0 for name in names}
+    saved = {n: line.rows[n].saved_bytes or 0 for n in names if n in line.rows}
     best = min(saved, key=lambda name: saved[name])
     ratio = saved[best] / (line.floor.saved_bytes or 1)
     what = f"{line.first.operation} {line.first.dtype} {line.first.layout}, {best}"
