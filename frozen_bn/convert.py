@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .checks import fail
+from .export import is_near_zero
 from .fusion.classes import fuse as fuse_classes
 from .fusion.classes import is_enabled, only_holds, unfuse
 from .fusion.fold import is_sharded
@@ -184,6 +185,7 @@ def convert_frozen_bn(
             left_alone[layer] = f"frozen_bn: {name!r} is left as it is: {reason}"
             continue
         _check_statistics(name, frozen)
+        frozen.near_zero = is_near_zero(frozen.running_mean, frozen.running_var, frozen.eps)
         replacements[layer] = frozen
         if _never_trained(layer):
             never_trained.append(name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from . import functional, reference
+from . import export, functional, reference
 from .checks import Statistics, activation_code, fail, mismatch
 from .functional import frozen_batch_norm
 
@@ -40,10 +40,13 @@ class _FrozenBatchNorm(nn.Module):
         _original: list[nn.Module]
 
     __constants__ = ("_ranks",)
-    __jit_ignored_attributes__ = ("_original", "fold_conv", "__module__", "kept_wide")
+    __jit_ignored_attributes__ = ("_original", "fold_conv", "__module__", "kept_wide", "near_zero")
 
     #: Whether half() or the like has been told to narrow the statistics, and was not obeyed.
     kept_wide: bool = False
+
+    #: Whether torch's operator keeps the digits of its statistics: for exporters.
+    near_zero: bool = False
 
     #: Whether it is folded into the convolution before it, where its caller is rewritten.
     fold_conv: bool = False
@@ -94,6 +97,7 @@ class _FrozenBatchNorm(nn.Module):
         self._register_affine("bias", constant(0.0) if affine else None)
         self.register_buffer("running_mean", constant(0.0))
         self.register_buffer("running_var", constant(1.0))
+        self.near_zero = True
 
     def _register_affine(self, name: str, value: Tensor | None) -> None:
         if self.freeze_affine:
@@ -171,6 +175,10 @@ class _FrozenBatchNorm(nn.Module):
     ) -> Tensor:
         """:meth:`forward` with other options than the module's own."""
         self.check_rank(input)
+        if self.near_zero and not inplace and export.is_exporting() and isinstance(input, Tensor):
+            statistics = self.statistics()
+            if export.takes(input, statistics):
+                return export.batch_norm(input, statistics, activation, negative_slope, residual)
         return frozen_batch_norm(
             input,
             *self._vectors(),
@@ -235,6 +243,7 @@ class _FrozenBatchNorm(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self.near_zero = export.is_near_zero(self.running_mean, self.running_var, self.eps)
         # Checkpoints of a live BatchNorm count its batches; only unfreeze_bn has a use for that.
         key = prefix + "num_batches_tracked"
         if key in unexpected_keys:
