@@ -86,6 +86,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
+        "--compile-all", action="store_true", help="networks: compile ours and BN in eval() too"
+    )
+    parser.add_argument(
         "--inplace-followers",
         action="store_true",
         help="let the peers' `+ residual` and ReLU work in place, as in torchvision's ResNet",
@@ -113,7 +116,8 @@ def jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         plan = _plan(options, benchmark)
         followers = options.inplace_followers
         compiled = not options.no_compile
-        return Settings(device, plan, compiled, followers, precision, options.contenders)
+        more = options.contenders, options.compile_all
+        return Settings(device, plan, compiled, followers, precision, *more)
 
     if "overhead" in wanted:
         yield "overhead", partial(op.overhead, settings("overhead"))

@@ -35,7 +35,8 @@ def bench(
     workload: Workload, layout: str, settings: Settings, wanted: Collection[str]
 ) -> list[Row]:
     """Every contender on one network in one layout. ``wanted``: "model", "memory" or both."""
-    nets = chosen(networks(workload, compiled=settings.compiled), settings.contenders)
+    compiled = {"compiled": settings.compiled, "all_compiled": settings.all_compiled}
+    nets = chosen(networks(workload, **compiled), settings.contenders)
     precision = settings.precision
     problem = workload.name, str(precision), layout, workload.shape
     losses, steps, rows = {}, {}, []

@@ -175,8 +175,11 @@ def left_out(compiled: bool) -> dict[str, str]:
     return reasons
 
 
-def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Module]:
-    """The contenders, with the same weights, all in train mode but for what has to be in eval."""
+def networks(
+    workload: Workload, *, compiled: bool = True, all_compiled: bool = False
+) -> dict[str, nn.Module]:
+    """The contenders, with the same weights, all in train mode but for what has to be in eval.
+    ``all_compiled``: ours and BN in eval mode too, not just torchvision's."""
     torch.manual_seed(0)
     live = workload.build()
     body = live.backbone.body if workload.detection else live
@@ -200,6 +203,9 @@ def networks(workload: Workload, *, compiled: bool = True) -> dict[str, nn.Modul
     }
     if compiled:
         nets[COMPILED] = _compiled(replaced(FrozenBatchNorm2d))
+    if compiled and all_compiled:
+        for name in (PLAIN, FUSED, FOLDED, EVAL, DELETED):
+            nets[f"{name}, compiled"] = _compiled(copy.deepcopy(nets[name]))
     if MMCV not in left_out(compiled):
         nets[MMCV] = _with_mmcv_trick(_in_eval_mode(copy.deepcopy(live)))
     return nets

@@ -59,6 +59,7 @@ class Settings:
     inplace_followers: bool = False
     precision: Precision = AS_IT_IS  # of networks
     contenders: str = ""  # of networks, those whose name this is found in
+    all_compiled: bool = False  # not just torchvision's networks
 
     def setup(self, case: Case) -> Setup:
         return Setup(case, self.device, inplace_followers=self.inplace_followers)
