@@ -112,7 +112,13 @@ OURS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "autocast",
+    [
+        pytest.param(False, id="float32"),
+        pytest.param(True, id="autocast", marks=pytest.mark.long),
+    ],
+)
 @OURS
 def test_the_graphs_are_those_of_torchvisions_layers(name, autocast):
     ours, theirs = graphs(name, autocast), graphs("torchvision", autocast)

@@ -129,7 +129,7 @@ def exported_batch_norms(net: nn.Module, *inputs: Tensor, strict: bool = False) 
     return sum(node.target is BATCH_NORM for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
 @EVERY_LAYER
 def test_an_exported_layer_is_one_operator(options, strict):
     net, (x, r) = layer(**options), maps()
@@ -140,7 +140,7 @@ def test_an_exported_layer_is_one_operator(options, strict):
     assert exported_batch_norms(net.double(), x, r, strict=strict) == 0
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_an_exported_layer_keeps_the_digits_of_a_large_mean(strict):
     """By the formula; the operator would have lost three of them."""
     live = randomize_(nn.BatchNorm2d(C)).eval()
