@@ -4,8 +4,6 @@ a capture rests on: launches that can be run again, and gradients left to who ha
 from __future__ import annotations
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -130,15 +128,3 @@ def test_the_gradient_that_a_graph_holds_is_left_alone(options):
         expected = torch.autograd.grad([y], parameters, [kept.clone()], retain_graph=True)
         assert all(map(torch.equal, found, expected))
     assert torch.equal(held, kept)
-
-
-def test_the_example_runs(monkeypatch, capsys):
-    script = Path(__file__).parents[1] / "examples" / "cuda_graphs.py"
-    if not script.exists():
-        pytest.skip("away from the sources")
-    pytest.importorskip("torchvision")
-    options = ["--weights", "none", "--batch", "2", "--size", "32", "--steps", "2", "--amp"]
-    monkeypatch.setattr("sys.argv", [script.name, *options])
-    with pytest.warns(UserWarning, match="never trained"):  # nothing is downloaded
-        runpy.run_path(str(script), run_name="__main__")
-    assert "steps/s on" in capsys.readouterr().out

@@ -45,10 +45,16 @@ def losses(output: str) -> list[float]:
 
 def test_examples_are_short_and_each_is_run_here():
     scripts = sorted(FOLDER.glob("*.py"))
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     for script in scripts:
         assert len(script.read_text().splitlines()) < 60, script.name
         assert f'"{script.name}"' in Path(__file__).read_text(), script.name
+
+
+def test_cuda_graphs(run):
+    pytest.importorskip("torchvision")
+    output = run("cuda_graphs.py", "--weights none --batch 2 --size 32 --steps 2 --amp")
+    assert "steps/s on" in output
 
 
 def test_finetune_resnet(run):
