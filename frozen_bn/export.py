@@ -24,8 +24,8 @@ def is_near_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
     if not (type(mean) is type(var) is Tensor) or mean.is_meta:
         return False
     with torch.no_grad():
-        deviations = mean.double().abs() * torch.rsqrt(var.double() + eps)
-        return mean.numel() == 0 or bool(deviations.max() <= MOST)
+        deviation = torch.sqrt(var.float() + eps)
+        return bool((mean.float().abs() <= MOST * deviation).all())
 
 
 def is_exporting() -> bool:
