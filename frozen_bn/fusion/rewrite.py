@@ -36,6 +36,9 @@ _METHODS = {name for name in activations._FUNCTIONS if isinstance(name, str)} | 
 #: With these, a function sees its variables otherwise than by reading them.
 _REFUSED = {"locals", "vars", "eval", "exec", "f_locals", "_getframe", "currentframe"}
 
+#: Calls of these change nothing.
+_ITERATORS = {"zip", "enumerate", "reversed", "range", "len"}
+
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
@@ -125,6 +128,7 @@ class _Scope:
         self.waiting: set[str] = set()  # variables in which something may be pending
         self.callees: dict[str, Path] = {}  # variables that may be a layer
         self.loops: list[ast.stmt] = []
+        self.first: dict[int, list[ast.stmt]] = {}  # what is to be done first in a block
         self.bordered = self.inner = 0  # in how many with and try, comprehensions and lambdas
         self.unit: ast.AST = node  # what is evaluated as one
         self.returned = False  # whether it returns what is pending
@@ -280,8 +284,16 @@ class _Scope:
         return all(
             isinstance(part, (*_PURE, ast.BinOp, ast.operator))
             or (isinstance(part, ast.Call) and self._is_layer(part.func))
+            or (isinstance(part, ast.Call) and self._is_iterator(part.func))
             for part in ast.walk(e)
         )
+
+    def _is_iterator(self, e: ast.expr) -> bool:
+        """Whether it is one of Python's own."""
+        if not isinstance(e, ast.Name) or e.id not in _ITERATORS:
+            return False
+        own = {*self.code.co_varnames, *self.code.co_freevars, *self.method.globals}
+        return e.id not in own
 
     def _is_layer(self, e: ast.expr) -> bool:
         """Whether it is no method or function, as far as the class tells."""
@@ -389,6 +401,8 @@ class _Scope:
                 ways = [self._waits(name, block) for block in (s.body, s.orelse)]
                 if True in ways or None not in ways:
                     return True in ways
+            elif isinstance(s, ast.For) and not self.bordered and not s.orelse:
+                return not _mentions(s.iter, name) and bool(self._waits(name, s.body))
             else:
                 return isinstance(s, _SIMPLE) and name in self._taken(s)
         return None
@@ -415,6 +429,9 @@ class _Scope:
             if isinstance(s, ast.If) and self._is_harmless(s.test):
                 if not all(self._untouched(name, block) for block in (s.body, s.orelse)):
                     return False
+            elif isinstance(s, ast.For):  # of which there may be no turn
+                if not (self._is_harmless(s.iter) and self._untouched(name, s.body)):
+                    return False
             elif name in self.method.names_in(s):
                 first = next((n for n in _loads(s) if n.id == name), None)
                 calls = [p for p in _own([s]) if isinstance(p, ast.Call)]
@@ -433,7 +450,8 @@ class _Scope:
 
     def block(self, body: Sequence[ast.stmt], rest: Sequence[ast.stmt]) -> list[ast.stmt]:
         pairs = [(s, [*body[i + 1 :], *rest]) for i, s in enumerate(body)]
-        return [new for s, after in pairs for new in self.statement(s, after)]
+        first = self.first.get(id(body), [])
+        return [*first, *(new for s, after in pairs for new in self.statement(s, after))]
 
     def statement(self, s: ast.stmt, rest: Sequence[ast.stmt]) -> list[ast.stmt]:
         self.unit = s
@@ -469,10 +487,30 @@ class _Scope:
             value = self.raw(s.value)
         if not self._waits(name, rest):
             value = self.step("value", value, at=s)
-        elif not self._at_once(name, rest):
-            kept = self._untouched(name, rest)
-            value = self.step("settle" if kept else "value", value, at=s)
+        elif not self._at_once(name, rest) and not self._computed_in_branches(name, rest):
+            value = self.step(self._until(name, rest), value, at=s)
         return [ast.copy_location(ast.Assign([store], value), s)]
+
+    def _until(self, name: str, rest: Sequence[ast.stmt]) -> str:
+        """How far what the variable has must be computed, for ``rest`` to go on."""
+        return "settle" if self._untouched(name, rest) else "value"
+
+    def _computed_in_branches(self, name: str, rest: Sequence[ast.stmt]) -> bool:
+        """Whether that is only so in one branch of an ``if`` that follows, which begins with it."""
+        s = rest[0] if rest else None
+        if not isinstance(s, ast.If) or not _is_pure(s.test) or _mentions(s.test, name):
+            return False
+        ways = [(block, [*block, *rest[1:]]) for block in (s.body, s.orelse)]
+        called = [(block, way) for block, way in ways if not self._at_once(name, way)]
+        if len(called) != 1 or not called[0][0]:
+            return False
+        block, way = called[0]
+        read, store = ast.Name(name, ast.Load()), ast.Name(name, ast.Store())
+        first = ast.Assign([store], self.step(self._until(name, way), read, at=block[0]))
+        for node in (first, read, store):
+            ast.copy_location(node, block[0])
+        self.first.setdefault(id(block), []).append(first)
+        return True
 
     def compound(self, s: ast.stmt, rest: Sequence[ast.stmt]) -> ast.stmt:
         """A statement with blocks."""
