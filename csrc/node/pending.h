@@ -17,7 +17,9 @@ struct Steps {
   PyObject *call, *value, *settle, *add, *iadd, *compute, *finish, *seen;  // in Python
   PyObject *convolve, *normalize, *activate;                               // handlers
   PyObject *kinds, *without_options, *of_module, *recorders;
-  PyObject *module, *module_call, *conv2d_class, *conv_forward, *functions, *conv2d;
+  PyObject *module, *module_call, *call_impl, *conv2d_class, *functions;
+  // What torch has between a call of a Conv2d and the operator; or what equals nothing.
+  PyObject *own_call, *own_call_impl, *own_getattr, *own_forward, *own_conv_forward, *own_conv2d;
   PyObject* hooks[4];  // of all modules
   PyTypeObject *convolution, *normalized;
   // Where their slots are.
@@ -64,18 +66,9 @@ inline PyObject* item(PyObject* dictionary, PyObject* key) {
   return PyDict_GetItemWithError(dictionary, key);
 }
 
-// Nothing, without an error, where there is none.
-inline THPObjectPtr attribute(PyObject* object, PyObject* key) {
-  THPObjectPtr found(PyObject_GetAttr(object, key));
-  if (!found) PyErr_Clear();
-  return found;
-}
-
-// -1 for what is no number, or too large a one.
-inline int64_t number(PyObject* object) {
-  int overflow = 0;
-  const bool exact = object && PyLong_CheckExact(object);
-  return exact ? PyLong_AsLongLongAndOverflow(object, &overflow) : -1;
+// What a class has under that name, or null. Runs no code.
+inline PyObject* looked_up(PyObject* kind, PyObject* key) {
+  return _PyType_Lookup(reinterpret_cast<PyTypeObject*>(kind), key);
 }
 
 // Whether it has nothing in it. What is no dictionary may have.
@@ -95,7 +88,7 @@ inline bool is_plain(PyObject* attributes, PyTypeObject* kind, PyObject* forward
   if (item(attributes, own)) return false;
   PyObject* const implementation = item(attributes, compiled);
   if (implementation && implementation != Py_None) return false;
-  return attribute(reinterpret_cast<PyObject*>(kind), own).get() == forward;
+  return looked_up(reinterpret_cast<PyObject*>(kind), own) == forward;
 }
 
 // Whether the modes are those in which `n` was written.
@@ -159,10 +152,15 @@ inline PyObject* bind_steps(PyObject*, PyObject* const* objects, Py_ssize_t coun
       {"recorders", &s.recorders},
       {"Module", &s.module},
       {"_module_call", &s.module_call},
+      {"_call_impl", &s.call_impl},
       {"Conv2d", &s.conv2d_class},
-      {"_conv_forward", &s.conv_forward},
       {"functions", &s.functions},
-      {"conv2d", &s.conv2d},
+      {"own_call", &s.own_call},
+      {"own_call_impl", &s.own_call_impl},
+      {"own_getattr", &s.own_getattr},
+      {"own_forward", &s.own_forward},
+      {"own_conv_forward", &s.own_conv_forward},
+      {"own_conv2d", &s.own_conv2d},
       {"_hooks", &s.hooks[0]},
       {"_pre_hooks", &s.hooks[1]},
       {"_backward_hooks", &s.hooks[2]},

@@ -46,11 +46,18 @@ inline PyObject* wrap(PyObject* input, const Arguments& a, Tensor output) {
   return a.inplace ? Py_NewRef(input) : THPVariable_Wrap(std::move(output));
 }
 
+// -1 for what is no number, or too large a one.
+inline int64_t number(PyObject* object) {
+  int overflow = 0;
+  const bool exact = object && PyLong_CheckExact(object);
+  return exact ? PyLong_AsLongLongAndOverflow(object, &overflow) : -1;
+}
+
 inline bool has_rank(const Tensor& t, PyObject* ranks) {
   if (!PyTuple_Check(ranks)) return ranks == Py_None;
   const Py_ssize_t count = PyTuple_GET_SIZE(ranks);
   for (Py_ssize_t i = 0; i < count; ++i) {
-    if (PyLong_AsLongLong(PyTuple_GET_ITEM(ranks, i)) == t.dim()) return true;
+    if (number(PyTuple_GET_ITEM(ranks, i)) == t.dim()) return true;
   }
   return count == 0;
 }

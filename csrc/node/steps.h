@@ -32,22 +32,36 @@ struct Geometry {
   int64_t groups = 1;
 };
 
-// False for what F.conv2d has to be told in another way, or what is not what it was.
-inline bool read(PyObject* conv, PyObject* attributes, Geometry& g) {
+// Whether calling it is torch's way from `Module.__call__` to `F.conv2d`, and nobody looks on.
+inline bool is_torchs(PyObject* conv, PyObject* attributes) {
+  static PyObject *const kCall = name("__call__"), *const kImpl = name("_call_impl"),
+                         *const kGetattr = name("__getattr__"), *const kFunction = name("conv2d"),
+                         *const kForward = name("_conv_forward"), *const kWeight = name("weight"),
+                         *const kBias = name("bias");
+  const Steps& s = steps();
+  PyObject* const kind = reinterpret_cast<PyObject*>(Py_TYPE(conv));
+  const PyThreadState* const thread = PyThreadState_Get();
+  return kind == s.conv2d_class && is_plain(attributes, Py_TYPE(conv), s.own_forward) &&
+         looked_up(kind, kCall) == s.own_call && looked_up(kind, kImpl) == s.own_call_impl &&
+         looked_up(kind, kGetattr) == s.own_getattr &&
+         looked_up(kind, kForward) == s.own_conv_forward && !item(attributes, kForward) &&
+         item(s.functions, kFunction) == s.own_conv2d && !looked_up(kind, kWeight) &&
+         !looked_up(kind, kBias) && !item(attributes, kWeight) && !item(attributes, kBias) &&
+         is_empty(s.hooks[0]) && is_empty(s.hooks[1]) && is_empty(s.hooks[2]) &&
+         is_empty(s.hooks[3]) && !at::impl::torch_function_mode_enabled() &&
+         !thread->c_profilefunc && !thread->c_tracefunc;
+}
+
+// False for what F.conv2d has to be told in another way.
+inline bool read(PyObject* attributes, Geometry& g) {
   static PyObject *const kParameters = name("_parameters"), *const kMode = name("padding_mode"),
                          *const kWeight = name("weight"), *const kBias = name("bias"),
                          *const kStride = name("stride"), *const kPadding = name("padding"),
-                         *const kDilation = name("dilation"), *const kGroups = name("groups"),
-                         *const kForward = name("_conv_forward"), *const kFunction = name("conv2d");
-  const Steps& s = steps();
-  PyObject* const kind = reinterpret_cast<PyObject*>(Py_TYPE(conv));
-  if (kind != s.conv2d_class || item(s.functions, kFunction) != s.conv2d) return false;
-  THPObjectPtr forward = attribute(kind, kForward);
+                         *const kDilation = name("dilation"), *const kGroups = name("groups");
   PyObject* const mode = item(attributes, kMode);
   PyObject* const parameters = item(attributes, kParameters);
-  if (forward.get() != s.conv_forward || !mode || !PyUnicode_Check(mode) ||
-      PyUnicode_CompareWithASCIIString(mode, "zeros") != 0 || !parameters ||
-      !PyDict_Check(parameters)) {
+  if (!mode || !PyUnicode_Check(mode) || PyUnicode_CompareWithASCIIString(mode, "zeros") != 0 ||
+      !parameters || !PyDict_CheckExact(parameters)) {
     return false;
   }
   PyObject* const weight = item(parameters, kWeight);
@@ -58,12 +72,12 @@ inline bool read(PyObject* conv, PyObject* attributes, Geometry& g) {
          read(item(attributes, kDilation), g.dilation);
 }
 
-// `conv(input)`, to which nothing is hooked.
+// `conv(input)`.
 inline PyObject* run_convolution(PyObject* conv, PyObject* input) {
   THPObjectPtr attributes(PyObject_GenericGetDict(conv, nullptr));
   Geometry g;
-  const bool plain = attributes && !at::impl::torch_function_mode_enabled() && is_tensor(input) &&
-                     read(conv, attributes.get(), g);
+  const bool plain = attributes && is_tensor(input) && is_torchs(conv, attributes.get()) &&
+                     read(attributes.get(), g);
   PyErr_Clear();
   if (!plain) return PyObject_CallOneArg(conv, input);
   const Tensor x = THPVariable_Unpack(input), weight = *g.weight;
@@ -183,10 +197,10 @@ inline PyObject* to_convolve(PyObject* conv, PyObject* attributes, PyObject* x) 
 // Whether there is nothing to complain about.
 inline bool fits(PyObject* input, PyObject* bn, PyObject* attributes) {
   static PyObject *const kRanks = name("_ranks"), *const kChannels = name("num_features");
-  if (!is_tensor(input)) return false;
+  if (!is_tensor(input) || item(attributes, kRanks)) return false;
   const Tensor& t = THPVariable_Unpack(input);
-  THPObjectPtr ranks = attribute(reinterpret_cast<PyObject*>(Py_TYPE(bn)), kRanks);
-  return ranks && PyTuple_CheckExact(ranks.get()) && has_rank(t, ranks.get()) && t.dim() > 1 &&
+  PyObject* const ranks = looked_up(reinterpret_cast<PyObject*>(Py_TYPE(bn)), kRanks);
+  return ranks && PyTuple_CheckExact(ranks) && has_rank(t, ranks) && t.dim() > 1 &&
          at::isFloatingType(t.scalar_type()) && t.size(1) == number(item(attributes, kChannels));
 }
 
@@ -197,14 +211,15 @@ inline PyObject* to_normalize(PyObject* bn, PyObject* attributes, PyObject* x) {
   const Steps& s = steps();
   const auto& at = s.of_normalized;
   PyObject* const fold = item(attributes, kFold);
-  PyObject* const activation = item(attributes, kActivation);
-  PyObject* const slope = item(attributes, kSlope);
-  if ((fold && fold != Py_False) || item(attributes, kInplace) != Py_False || !activation || !slope)
-    return nullptr;
+  if (fold && fold != Py_False) return nullptr;
   const bool fresh = is_convolution(x) && slot(x, s.of_convolution.conv) != Py_None;
   THPObjectPtr conv(Py_NewRef(fresh ? slot(x, s.of_convolution.conv) : Py_None));
   THPObjectPtr input(fresh ? convolved(x) : value_of(x));
   if (!input || !fits(input.get(), bn, attributes)) return nullptr;
+  // Now, and held: while that ran, somebody may have set others.
+  THPObjectPtr activation(Py_XNewRef(item(attributes, kActivation)));
+  THPObjectPtr slope(Py_XNewRef(item(attributes, kSlope)));
+  if (item(attributes, kInplace) != Py_False || !activation || !slope) return nullptr;
   THPObjectPtr n(s.normalized->tp_alloc(s.normalized, 0));
   if (!n) return nullptr;
   for (const Py_ssize_t offset : {at.branch, at.other, at.output, at.bias}) {
@@ -216,8 +231,8 @@ inline PyObject* to_normalize(PyObject* bn, PyObject* attributes, PyObject* x) {
   set(n.get(), at.grad, at::GradMode::is_enabled() ? Py_True : Py_False);
   set(n.get(), at.inference, c10::InferenceMode::is_enabled() ? Py_True : Py_False);
   set(n.get(), at.input, input.get());
-  if (activation != Py_None) {
-    THPObjectPtr done(finish(n.get(), activation, slope));
+  if (activation.get() != Py_None) {
+    THPObjectPtr done(finish(n.get(), activation.get(), slope.get()));
     if (!done) return nullptr;
   }
   return n.release();
@@ -237,12 +252,12 @@ inline PyObject* activate(PyObject* f, PyObject* x) {
 // computed for it by then stands in `x`.
 inline PyObject* called(PyObject* f, PyObject* x) {
   const Steps& s = steps();
-  PyObject* const kind = item(s.kinds, reinterpret_cast<PyObject*>(Py_TYPE(f)));
+  THPObjectPtr kind(Py_XNewRef(item(s.kinds, reinterpret_cast<PyObject*>(Py_TYPE(f)))));
   if (!kind) return nullptr;
-  PyObject* const handler = PyTuple_GET_ITEM(kind, 0);
+  PyObject* const handler = PyTuple_GET_ITEM(kind.get(), 0);
   if (handler != s.convolve && handler != s.normalize && handler != s.activate) return nullptr;
   THPObjectPtr attributes(PyObject_GenericGetDict(f, nullptr));
-  if (!attributes || !is_plain(attributes.get(), Py_TYPE(f), PyTuple_GET_ITEM(kind, 1))) {
+  if (!attributes || !is_plain(attributes.get(), Py_TYPE(f), PyTuple_GET_ITEM(kind.get(), 1))) {
     return nullptr;
   }
   if (handler == s.activate) return activate(f, x);
@@ -300,13 +315,13 @@ inline bool is_settled(PyObject* x) {
 
 // Whether nobody sees each call, as far as that can be told without Python's `watched`.
 inline bool surely_unseen() {
-  static PyObject* const kCall = name("__call__");
+  static PyObject *const kCall = name("__call__"), *const kImpl = name("_call_impl");
   const Steps& s = steps();
   for (PyObject* const hooks : s.hooks) {
     if (!is_empty(hooks)) return false;
   }
-  return attribute(s.module, kCall).get() == s.module_call && nobody_watches() && !forward_mode() &&
-         !at::impl::torch_function_mode_enabled();
+  return looked_up(s.module, kCall) == s.module_call && looked_up(s.module, kImpl) == s.call_impl &&
+         nobody_watches() && !forward_mode() && !at::impl::torch_function_mode_enabled();
 }
 
 }  // namespace frozen_bn

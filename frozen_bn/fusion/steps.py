@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import conv as convolutions
 from torch.nn.modules import module as internals
 from torch.utils._device import DeviceContext
 
@@ -45,7 +46,7 @@ _originals = {
 }
 SEQUENTIAL = nn.Sequential.forward
 _SMOOTH = {ACTIVATIONS[code] for code in SMOOTH}
-_module_call = nn.Module.__call__
+_module_call, _call_impl = nn.Module.__call__, nn.Module._call_impl
 _hooks, _pre_hooks = internals._global_forward_hooks, internals._global_forward_pre_hooks
 _backward_hooks = internals._global_backward_hooks
 _backward_pre_hooks = internals._global_backward_pre_hooks
@@ -109,6 +110,7 @@ def _watched() -> bool:
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or nn.Module.__call__ is not _module_call
+        or nn.Module._call_impl is not _call_impl
         or _hooks
         or _pre_hooks
         or _backward_hooks
@@ -486,6 +488,12 @@ def _record(n: Normalized, activation: str | None, folded: bool, in_place: bool)
             recorder(merge)
 
 
+def _own(function: Any, module: types.ModuleType) -> object:
+    """What torch defines there; something else, if that had been patched before."""
+    code = getattr(function, "__code__", None)
+    return function if code is not None and code.co_filename == module.__file__ else object()
+
+
 # The steps, as they are above, or in C++ (csrc/node/steps.h), which does what is usual and leaves
 # the rest to those above.
 
@@ -500,10 +508,14 @@ if node.compiled is not None:
     _of_torch = {
         "Module": nn.Module,
         "Conv2d": nn.Conv2d,
-        "_conv_forward": nn.Conv2d._conv_forward,
         "functions": vars(F),
-        "conv2d": F.conv2d,
         "of_module": activations.of_module,
+        "own_call": _own(nn.Module.__call__, internals),
+        "own_call_impl": _own(nn.Module._call_impl, internals),
+        "own_getattr": _own(nn.Module.__getattr__, internals),
+        "own_forward": _own(nn.Conv2d.forward, convolutions),
+        "own_conv_forward": _own(nn.Conv2d._conv_forward, convolutions),
+        "own_conv2d": F.conv2d if type(F.conv2d) is types.BuiltinFunctionType else object(),
     }
     compiled.bind_steps({**globals(), **_of_torch})
     watched, call, value = compiled.watched_step, compiled.call_step, compiled.value_step
