@@ -654,3 +654,27 @@ class MadeAnew(AnotherMethod):
 def test_a_class_that_says_how_it_is_made():
     _, fused = both(MadeAnew)
     assert type(pickled(fused)) is type(fused)
+
+
+class Enumerated(nn.Module):
+    """As timm's Res2Net loops over its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(C, C, 1) for _ in range(2))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(C) for _ in range(2))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        for i, (conv, bn) in enumerate(zip(self.convs, self.bns)):  # noqa: B905
+            y = conv(x if i == 0 else x + x)
+            y = bn(y)
+            x = self.relu(y)
+        return x
+
+
+def test_layers_of_a_loop_that_counts():
+    plain, fused = both(Enumerated)
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(fused(x), plain(x))
+    assert runs_fused(fused.bns[0], lambda: fused(x)) and runs_fused(fused.bns[1], lambda: fused(x))

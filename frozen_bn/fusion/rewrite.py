@@ -158,8 +158,9 @@ class _Scope:
                 self._bind(to, what, iterated)
             return
         parts = [value]
-        if iterated and isinstance(value, ast.Call):  # zip(self.a, self.b), self.a.values()
-            parts = [value.func, *value.args]
+        if iterated:  # zip(self.a, self.b), self.a.values(), enumerate(zip(self.a, self.b))
+            calls = [part for part in ast.walk(value) if isinstance(part, ast.Call)]
+            parts += [part for call in calls for part in (call.func, *call.args)]
         paths = [path for path in map(self.path, parts) if path is not None]
         for part in ast.walk(target) if paths else ():
             if isinstance(part, ast.Name):
