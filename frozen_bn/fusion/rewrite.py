@@ -162,6 +162,7 @@ class _Scope:
             calls = [part for part in ast.walk(value) if isinstance(part, ast.Call)]
             parts += [part for call in calls for part in (call.func, *call.args)]
         paths = [path for path in map(self.path, parts) if path is not None]
+        self.method.paths.update(paths[1:])  # any of them may be what is called
         for part in ast.walk(target) if paths else ():
             if isinstance(part, ast.Name):
                 self.callees.setdefault(part.id, paths[0])
