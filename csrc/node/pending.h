@@ -91,6 +91,14 @@ inline bool is_plain(PyObject* attributes, PyTypeObject* kind, PyObject* forward
   return looked_up(reinterpret_cast<PyObject*>(kind), own) == forward;
 }
 
+// Whether there are no hooks of all modules.
+inline bool nothing_is_hooked_to_all() {
+  for (PyObject* const hooks : steps().hooks) {
+    if (!is_empty(hooks)) return false;
+  }
+  return true;
+}
+
 // Whether the modes are those in which `n` was written.
 inline bool in_its_modes(PyObject* n) {
   const auto& at = steps().of_normalized;

@@ -47,8 +47,7 @@ inline bool is_torchs(PyObject* conv, PyObject* attributes) {
          looked_up(kind, kForward) == s.own_conv_forward && !item(attributes, kForward) &&
          item(s.functions, kFunction) == s.own_conv2d && !looked_up(kind, kWeight) &&
          !looked_up(kind, kBias) && !item(attributes, kWeight) && !item(attributes, kBias) &&
-         is_empty(s.hooks[0]) && is_empty(s.hooks[1]) && is_empty(s.hooks[2]) &&
-         is_empty(s.hooks[3]) && !at::impl::torch_function_mode_enabled() &&
+         nothing_is_hooked_to_all() && !at::impl::torch_function_mode_enabled() &&
          !thread->c_profilefunc && !thread->c_tracefunc;
 }
 
@@ -317,11 +316,9 @@ inline bool is_settled(PyObject* x) {
 inline bool surely_unseen() {
   static PyObject *const kCall = name("__call__"), *const kImpl = name("_call_impl");
   const Steps& s = steps();
-  for (PyObject* const hooks : s.hooks) {
-    if (!is_empty(hooks)) return false;
-  }
-  return looked_up(s.module, kCall) == s.module_call && looked_up(s.module, kImpl) == s.call_impl &&
-         nobody_watches() && !forward_mode() && !at::impl::torch_function_mode_enabled();
+  return nothing_is_hooked_to_all() && looked_up(s.module, kCall) == s.module_call &&
+         looked_up(s.module, kImpl) == s.call_impl && nobody_watches() && !forward_mode() &&
+         !at::impl::torch_function_mode_enabled();
 }
 
 }  // namespace frozen_bn
