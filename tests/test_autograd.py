@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import CHOOSES, run_fresh
 from helpers import ACTIVATIONS, PIECEWISE_LINEAR, SMOOTH, randomize_
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -142,13 +143,13 @@ def test_batched_gradients(activation):
 
 @pytest.mark.long_emulated
 def test_gradients_without_channels(node):
-    in_subprocess(  # where it once did not return
+    run_fresh(  # where it once did not return
         "import torch\n"
         "from frozen_bn import frozen_batch_norm\n"
         "x, v = torch.zeros(2, 0, 3, 3, requires_grad=True), torch.ones(0)\n"
         "frozen_batch_norm(x, v, v).sum().backward()\n"
         "assert x.grad.shape == x.shape\n",
-        node,
+        FROZEN_BN_NODE=CHOOSES[node],
     )
 
 
@@ -266,20 +267,6 @@ def test_inplace_keeps_no_activation_for_a_frozen_affine(activation):
     assert activation_sized(saved, h) == []
 
 
-def in_subprocess(code: str, node: str, **environment: str) -> str:
-    """Over the same autograd node as here; not in the emulator."""
-    environment["FROZEN_BN_NODE"] = "0" if node == "python" else "1"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,  # to import torch has taken 15 seconds on a busy machine
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 MEASURE_MEMORY = """
 import torch, torch.nn.functional as F
 from frozen_bn import frozen_batch_norm
@@ -313,7 +300,10 @@ for layer in layers:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_chain_of_eight_layers_holds_one_activation_where_batch_norm_holds_eight(node):
     # Let malloc give every freed tensor back at once, so that what is resident is what is held.
-    output = in_subprocess(MEASURE_MEMORY, node, MALLOC_MMAP_THRESHOLD_="1000000")
+    # Not a fork: the C library reads that variable when it starts.
+    environment = {"FROZEN_BN_NODE": CHOOSES[node], "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-c", MEASURE_MEMORY]
+    output = subprocess.check_output(command, text=True, env=os.environ | environment)
     plain, with_relu, batch_norm = map(float, output.split())
     assert plain < 1.5  # the output
     assert with_relu < 2  # and a 32nd of it eight times

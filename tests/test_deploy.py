@@ -4,13 +4,12 @@ CPU."""
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from batch_norms import messages
+from fresh import run_fresh
 from helpers import ACTIVATIONS, assert_same_bits, calm_, randomize_, snapshot
 from nets import EVERY_CONVERSION, images, live_network, network
 from torch import Tensor, fx, nn
@@ -63,14 +62,11 @@ def test_it_loads_where_there_is_no_frozen_bn(tmp_path):
     net = convert_frozen_bn(nn.Sequential(*layers(), nn.ReLU()), fold_conv=True)
     with torch.no_grad():
         torch.save((fold_for_inference(net), x, net(x)), tmp_path / "net.pt")
-    code = (
+    run_fresh(
         "import sys, torch; sys.modules['frozen_bn'] = None\n"
-        "net, x, y = torch.load(sys.argv[1], weights_only=False)\n"
+        f"net, x, y = torch.load({str(tmp_path / 'net.pt')!r}, weights_only=False)\n"
         "torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "net.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

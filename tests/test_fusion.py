@@ -7,17 +7,14 @@ import abc
 import copy
 import functools
 import inspect
-import os
 import pickle
-import subprocess
-import sys
 import traceback
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import CHOOSES, run_fresh
 from helpers import assert_close_in_norm, merged, outputs_and_gradients, randomize_, runs_fused
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -337,8 +334,7 @@ def test_different_instances_of_a_class_are_converted_one_after_the_other():
 
 
 FRESH = """
-import pickle, sys, torch
-sys.path[:0] = {path!r}
+import torch
 with open({file!r}, "rb") as file:
     net, x, expected = torch.load(file, weights_only=False)
 from helpers import runs_fused
@@ -353,18 +349,8 @@ def test_a_whole_model_is_loaded_in_a_fresh_process(off, node, tmp_path):
     _, fused = both(AnotherMethod)
     x, file = torch.randn(IMAGE), str(tmp_path / "net.pt")
     torch.save((fused, x, fused(x)), file)
-    script = FRESH.format(path=[str(Path(__file__).parent)], file=file, fused=not off)
-    environment = os.environ | ({"FROZEN_BN_FUSE": "0"} if off else {})
-    environment |= {"FROZEN_BN_NODE": "0"} if node == "python" else {}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    environment = {"FROZEN_BN_FUSE": "0" if off else "1", "FROZEN_BN_NODE": CHOOSES[node]}
+    run_fresh(FRESH.format(file=file, fused=not off), **environment)
 
 
 def test_it_can_be_turned_off_for_the_process(monkeypatch):

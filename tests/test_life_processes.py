@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_fresh
 from helpers import ACTIVATIONS, assert_same_bits, outputs_and_gradients
 from nets import EVERY_CONVERSION, images, live_network, network
 
@@ -132,7 +130,6 @@ def test_any_number_of_intra_op_threads(activation, freeze_affine):
 
 FORKING = """
 import sys
-sys.path[:0] = {path!r}
 import torch, torch.multiprocessing as mp
 from nets import images, network
 from frozen_bn import FrozenBatchNorm2d
@@ -169,14 +166,8 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_a_fork_runs(run):
-    script = FORKING.format(path=[str(Path(__file__).parent)], shape=LARGE, run=run)
-    command = [sys.executable, "-c", script]
     # Where there is a GPU, torch refuses autograd in the fork of a process that has run it.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    run_fresh(FORKING.format(shape=LARGE, run=run), CUDA_VISIBLE_DEVICES="")
 
 
 # Switches of torch

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import re
-import subprocess
 import sys
 import threading
 import weakref
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from emulator.replace import pythons_node
+from fresh import run_fresh
 from helpers import ACTIVATIONS
 from torch import Tensor
 from torch._dynamo import compiled_autograd
@@ -50,21 +49,16 @@ def vectors(channels: int = C) -> list[Tensor]:
 # ---- Which serves
 
 
-def name_in_subprocess(**environment: str) -> str:
-    code = (
-        "import torch, frozen_bn\n"
-        "x, v = torch.randn(1, 2, 3, 3, requires_grad=True), torch.ones(2)\n"
-        "print(type(frozen_bn.frozen_batch_norm(x, v, v).grad_fn).__name__)\n"
-        "print(frozen_bn.show_config())\n"
-    )
-    command = [sys.executable, "-c", code]
-    environment = os.environ | environment
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return done.stdout
+NAME = """
+import torch, frozen_bn
+x, v = torch.randn(1, 2, 3, 3, requires_grad=True), torch.ones(2)
+print(type(frozen_bn.frozen_batch_norm(x, v, v).grad_fn).__name__)
+print(frozen_bn.show_config())
+"""
 
 
 def test_the_environment_chooses():
-    text = name_in_subprocess(FROZEN_BN_NODE="0")
+    text = run_fresh(NAME, FROZEN_BN_NODE="0")
     assert text.startswith("_FrozenBatchNormBackward\n")
     assert re.search(r"^autograd node: +Python's \(FROZEN_BN_NODE=0\)$", text, re.MULTILINE)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_fresh
 from helpers import ACTIVATIONS, CPU_LEVELS, PIECEWISE_LINEAR, SMOOTH
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -226,14 +227,14 @@ def test_show_config_names_versions_architectures_and_paths():
 
 
 def test_best_cpu_level_is_the_default():
-    assert f"kernels, {CPU_LEVELS[-1]}\n" in run("-m", "frozen_bn")
+    assert f"kernels, {CPU_LEVELS[-1]}\n" in python_dash_m()
 
 
 @functools.cache
-def run(*arguments: str) -> str:
+def python_dash_m() -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHONWARN")}
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-m", "frozen_bn"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -246,7 +247,7 @@ def run(*arguments: str) -> str:
 
 def test_python_dash_m_prints_the_configuration():
     _C.select_cpu_level(CPU_LEVELS[-1])
-    assert run("-m", "frozen_bn").startswith(frozen_bn.show_config() + "\n")
+    assert python_dash_m().startswith(frozen_bn.show_config() + "\n")
 
 
 # ---- Where it was not built
@@ -289,7 +290,7 @@ print(config)
 
 
 def test_without_the_compiled_module_everything_works_in_plain_pytorch_with_one_warning():
-    config = rows(run("-c", WITHOUT_COMPILED_MODULE))
+    config = rows(run_fresh(WITHOUT_COMPILED_MODULE))
     assert config["architectures"] == "none"
     assert config["CPU path"].startswith("plain PyTorch (")
     assert config["CUDA path"].startswith("plain PyTorch (")
@@ -311,7 +312,7 @@ print(frozen_bn.show_config())
 
 
 def test_a_torch_without_cuda_does_not_load_the_cuda_half():
-    config = rows(run("-c", WITHOUT_CUDA))
+    config = rows(run_fresh(WITHOUT_CUDA))
     assert config["CPU path"].startswith("kernels")
     assert config["CUDA path"].startswith("plain PyTorch (")
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_fresh
 from nets import EVERY_CONVERSION, images, network
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -200,8 +198,6 @@ def test_values_that_are_lent_for_one_call(options):
 # Two processes
 
 HEAD = """
-import sys
-sys.path[:0] = {path!r}
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from nets import CONVERSIONS, images, network
 torch.set_num_threads(1)
@@ -214,21 +210,20 @@ def actor(nets, ready, go, outputs):
         ready.set(); go.wait(60)
         for net, output in zip(nets, outputs): output.copy_(net(images()))
 
-if __name__ == "__main__":
-    ctx = mp.get_context("fork")
-    nets = [network(**options).eval().share_memory() for options in CONVERSIONS.values()]
-    outputs = [torch.zeros(4, 3).share_memory_() for _ in nets]
-    ready, go = ctx.Event(), ctx.Event()
-    process = ctx.Process(target=actor, args=(nets, ready, go, outputs))
-    process.start(); ready.wait(60)
-    with torch.no_grad():
-        for net in nets:
-            for tensor in net.state_dict().values(): tensor.mul_(1.5)    # the learner publishes
-        go.set(); process.join(60)
-        plain = network(); plain.load_state_dict(nets[0].state_dict())
-        expected = plain(images())
-        for output in outputs:
-            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+ctx = mp.get_context("fork")
+nets = [network(**options).eval().share_memory() for options in CONVERSIONS.values()]
+outputs = [torch.zeros(4, 3).share_memory_() for _ in nets]
+ready, go = ctx.Event(), ctx.Event()
+process = ctx.Process(target=actor, args=(nets, ready, go, outputs))
+process.start(); ready.wait(60)
+with torch.no_grad():
+    for net in nets:
+        for tensor in net.state_dict().values(): tensor.mul_(1.5)    # the learner publishes
+    go.set(); process.join(60)
+    plain = network(); plain.load_state_dict(nets[0].state_dict())
+    expected = plain(images())
+    for output in outputs:
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 """
 
 COLLECTIVE = """
@@ -253,8 +248,7 @@ def work(rank, store):
                 torch.testing.assert_close(net(images()), plain(images()), rtol=1e-4, atol=1e-4)
     dist.destroy_process_group()
 
-if __name__ == "__main__":
-    mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
+mp.start_processes(work, args=(STORE,), nprocs=2, start_method="fork")
 """
 
 
@@ -266,8 +260,5 @@ if __name__ == "__main__":
     ],
 )
 def test_another_process_writes(script, tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(HEAD.format(path=[str(Path(__file__).parent), *sys.path]) + script)
-    command = [sys.executable, str(path), str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    store = repr(str(tmp_path / "store"))
+    run_fresh(HEAD + script.replace("STORE", store), timeout=120)

@@ -4,13 +4,13 @@ the package was imported or after."""
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from emulator.replace import pythons_node
+from fresh import run_fresh
 from helpers import randomize_
 from torch import nn
 
@@ -50,9 +50,7 @@ for _ in range(2):  # the first learns what the classes are
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_torch_was_patched_before_the_import(patch):
-    text = BEFORE.format(patch=PATCHES[patch])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", text], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_fresh(BEFORE.format(patch=PATCHES[patch]))
 
 
 def chain() -> nn.Sequential:

@@ -60,11 +60,6 @@ def _run(*command: object) -> None:
         raise RuntimeError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
 
 
-def _newest(folder: Path, *names: str) -> float:
-    files = [f for name in names for f in folder.rglob(name)]
-    return max(file.stat().st_mtime for file in files)
-
-
 def compile_kernels(source: Path, folder: Path, architecture: str = ARCHITECTURE) -> Path:
     """Compiles a ``.cu`` file to an object whose only code is PTX; the PTX lies beside it."""
     home = cuda_home()
@@ -111,9 +106,9 @@ def build(csrc: Path = ROOT / "csrc", folder: Path | None = None, wide: bool = F
 
 def _build(csrc: Path, folder: Path, wide: bool) -> Path:
     library = folder / ("emulated_wide.so" if wide else "emulated.so")
-    newest = max(
-        _newest(csrc, "*.h", "*.cu", "*.cuh", "ops.cpp"), _newest(Path(__file__).parent, "*.cpp")
-    )
+    folders = {csrc: "*.h", csrc / "cuda": "*", Path(__file__).parent: "*.cpp"}
+    sources = [file for place, pattern in folders.items() for file in place.glob(pattern)]
+    newest = max(file.stat().st_mtime for file in sources)
     if library.exists() and library.stat().st_mtime > newest:
         return library
     kernels = folder / "launch.o"
