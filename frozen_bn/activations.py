@@ -26,6 +26,7 @@ TORCHS: Any = tuple(_MODULES)
 _LIBRARY_MODULES = {
     ("timm.layers.activations", "Swish"): "silu",
     ("timm.layers.activations", "HardSwish"): "hardswish",
+    ("transformers.activations", "SiLUActivation"): "silu",
 }
 
 _FUNCTIONS = {

@@ -120,7 +120,19 @@ def test_timms_own_activations_go_into_the_kernel_too(name, expected):
     frozen = assert_freezes(timm_layer("BatchNormAct2d", act_layer=getattr(activations, name)))
     assert type(frozen) is FrozenBatchNorm2d
     assert frozen.activation == expected
-    net = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), getattr(activations, name)())
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "expected"),
+    [
+        ("timm.layers.activations", "Swish", "silu"),
+        ("timm.layers.activations", "HardSwish", "hardswish"),
+        ("transformers.activations", "SiLUActivation", "silu"),
+    ],
+)
+def test_activations_of_other_libraries_are_merged(library, name, expected):
+    activation = getattr(pytest.importorskip(library), name)()
+    net = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), activation)
     x = torch.randn(IMAGE, dtype=torch.float64)
     plain = convert_frozen_bn(randomize_(net).double())
     fused = convert_frozen_bn(copy.deepcopy(plain), fuse=True)
