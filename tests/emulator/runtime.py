@@ -82,9 +82,11 @@ def _built_kernels(folder: Path, newest: float) -> Path | None:
         return None
     try:
         from benchmarks.compiled import MissingTool, find_tool
-
+    except ImportError:
+        return None
+    try:
         tool = find_tool("cuobjdump")
-    except (ImportError, MissingTool):
+    except MissingTool:
         return None
     ptx = folder / f"launch.sm_{ARCHITECTURE}.ptx"
     ptx.unlink(missing_ok=True)
