@@ -8,8 +8,8 @@ used instead, in one run, in turns.
   roofline  bytes and launches of the CUDA kernels: counted without a GPU
   all       all of these
 
-Prints tables, and saves the rows as JSON, the tables as Markdown and pictures beside it. Figures
-are medians over rounds in which every contender has its turn, with 20 % and 80 % quantiles.
+Prints tables in Markdown, and saves them beside the rows as JSON. Figures are medians over rounds
+in which every contender has its turn, with 20 % and 80 % quantiles.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from pandas import DataFrame
+from tqdm import tqdm
 
 from frozen_bn import ops
 
-from . import model, model_peers, op, peers, pictures, roofline, targets
+from . import model, model_peers, op, peers, roofline, rows, tables, targets
 from .cases import Precision
 from .model_peers import WORKLOADS
 from .op import Settings
-from .rows import Row, environment, save
-from .tables import Table, measured_tables, wide_console
-from .timing import OtherLoad, Plan, apart
+from .rows import Row
+from .timing import Plan, apart, cpu_seconds
 
 BENCHMARKS = ("op", "model", "overhead", "memory", "roofline")
 RESULTS = Path(__file__).parent / "results"
-#: A machine busier with other things than this gives no figures worth having.
+#: A machine busier with other things than this gives no figures worth having: with two cores and
+#: torch's spinning threads a few per cent are too much.
 OTHER_LOAD_WORST = 0.03
 
 #: Of a mode of a layer, of a network, and of a call; and the same for ``--quick``.
@@ -47,6 +48,7 @@ PLANS = {
     "overhead": (Plan(2.0, 25, 75), Plan(1.0, 15, 25)),
 }
 
+#: A name, and what to run.
 Job = tuple[str, Callable[[], list[Row]]]
 
 
@@ -56,171 +58,119 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benchmark", choices=(*BENCHMARKS, "all"))
-    parser.add_argument("--quick", action="store_true", help="few and small cases, few rounds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--json", type=Path, metavar="F", help="default: benchmarks/results/<benchmark>.json"
-    )
-    parser.add_argument("--seconds", type=float, help="of measuring, a case and mode")
-    parser.add_argument(
-        "--filter", default="", metavar="REGEX", help="layers whose name it is found in"
-    )
-    parser.add_argument("--models", nargs="+", choices=WORKLOADS, help="default: all; quick: one")
-    parser.add_argument(
-        "--layouts", nargs="+", choices=model.LAYOUTS, help="of networks; default: both; quick: one"
-    )
-    parser.add_argument(
-        "--batch", type=int, help="of layers and networks; default: their own, 1 to 16"
-    )
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--amp", choices=("bfloat16", "float16"), help="networks: under autocast, not in float32"
-    )
-    precision.add_argument("--half", action="store_true", help="networks: after model.half()")
-    parser.add_argument(
-        "--contenders",
-        default="",
-        metavar="REGEX",
-        help="networks: those whose name it is found in, besides the three that are always there",
-    )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument(
-        "--compile-all", action="store_true", help="networks: compile ours and BN in eval() too"
-    )
-    parser.add_argument(
-        "--inplace-followers",
-        action="store_true",
-        help="let the peers' `+ residual` and ReLU work in place, as in torchvision's ResNet",
-    )
+    add = parser.add_argument
+    add("benchmark", choices=(*BENCHMARKS, "all"))
+    add("--quick", action="store_true", help="few and small cases, few rounds")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--json", type=Path, metavar="F", help="default: benchmarks/results/<benchmark>.json")
+    add("--seconds", type=float, help="of measuring, a case and mode")
+    add("--batch", type=int, help="of layers and networks; default: their own, 1 to 16")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+
+    layers = parser.add_argument_group("layers")
+    add = layers.add_argument
+    add("--filter", default="", metavar="REGEX", help="those whose name it is found in")
+    followers = "let the peers' `+ residual` and ReLU work in place, as in torchvision's ResNet"
+    add("--inplace-followers", action="store_true", help=followers)
+
+    networks = parser.add_argument_group("networks")
+    add = networks.add_argument
+    add("--models", nargs="+", choices=WORKLOADS, help="default: all; quick: one")
+    add("--layouts", nargs="+", choices=model.LAYOUTS, help="default: both; quick: one")
+    contenders = "those whose name it is found in, and the three that are always there"
+    add("--contenders", default="", metavar="REGEX", help=contenders)
+    add("--compile-all", action="store_true", help="compile ours and BN in eval() too")
+    add = networks.add_mutually_exclusive_group().add_argument
+    add("--amp", choices=("bfloat16", "float16"), help="under autocast, not in float32")
+    add("--half", action="store_true", help="after model.half()")
     return parser.parse_args(given)
 
 
-def _plan(options: argparse.Namespace, benchmark: str) -> Plan:
+def _settings(options: argparse.Namespace, benchmark: str) -> Settings:
     plan = PLANS[benchmark][options.quick]
-    if options.seconds is None:
-        return plan
-    return replace(plan, seconds=options.seconds, max_rounds=max(plan.max_rounds, 99))
+    if options.seconds is not None:
+        plan = replace(plan, seconds=options.seconds, max_rounds=max(plan.max_rounds, 99))
+    autocast = None if options.amp is None else getattr(torch, options.amp)
+    return Settings(
+        torch.device(options.device),
+        plan,
+        compiled=not options.no_compile,
+        inplace_followers=options.inplace_followers,
+        precision=Precision(autocast, options.half),
+        contenders=options.contenders,
+        all_compiled=options.compile_all,
+    )
 
 
-def jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """What to run, by name."""
     wanted = BENCHMARKS if options.benchmark == "all" else (options.benchmark,)
-    autocast = None if options.amp is None else getattr(torch, options.amp)
-    precision = Precision(autocast, options.half)
+    quick, settings = options.quick, partial(_settings, options)
 
     def chosen(name: str) -> bool:
         return re.search(options.filter, name) is not None
 
-    def settings(benchmark: str) -> Settings:
-        plan = _plan(options, benchmark)
-        followers = options.inplace_followers
-        compiled = not options.no_compile
-        more = options.contenders, options.compile_all
-        return Settings(device, plan, compiled, followers, precision, *more)
-
     if "overhead" in wanted:
         yield "overhead", partial(op.overhead, settings("overhead"))
-        for workload in model_peers.SMALL[: 1 if options.quick else None]:
+        for workload in model_peers.SMALL[: 1 if quick else None]:
             yield workload.name, partial(model.host, workload, settings("overhead"))
     if "op" in wanted:
-        for case, in_place in op.cases(options.quick, options.batch):
+        for case, in_place in op.cases(quick, options.batch):
             if chosen(case.name):
-                run = op.bench_in_place if in_place else op.bench
-                yield case.name, partial(run, case, settings("op"))
+                yield case.name, partial(op.bench, case, settings("op"), in_place)
     if "memory" in wanted:
-        for case in op.memory_cases(options.quick):
+        for case in op.memory_cases(quick):
             if chosen(case.name):
                 yield f"memory {case.name}", partial(op.memory, case, settings("op"))
     if "model" in wanted or "memory" in wanted:
-        models = options.models or [*WORKLOADS][: 1 if options.quick else None]
-        layouts = options.layouts or [*model.LAYOUTS][: 1 if options.quick else None]
-        for name in models:
+        for name in options.models or [*WORKLOADS][: 1 if quick else None]:
             workload = WORKLOADS[name]
             workload = replace(workload, batch=options.batch or workload.batch)
-            for layout in layouts:
-                run_model = partial(model.bench, workload, layout, settings("model"), wanted)
-                yield f"{name} {layout}", run_model
+            for layout in options.layouts or [*model.LAYOUTS][: 1 if quick else None]:
+                job = partial(model.bench, workload, layout, settings("model"), wanted)
+                yield f"{name} {layout}", job
     if "roofline" in wanted:
-        most = roofline.QUICK_MOST_ELEMENTS if options.quick else roofline.MOST_ELEMENTS
-        for case in roofline.cases(options.quick):
+        most = roofline.QUICK_MOST_ELEMENTS if quick else roofline.MOST_ELEMENTS
+        for case in roofline.cases(quick):
             if chosen(case.name):
                 yield f"counting {case.name}", partial(roofline.bench, case, most)
 
 
-def run(options: argparse.Namespace) -> list[Row]:
-    """All rows that the options select, under a progress bar on stderr."""
-    torch.manual_seed(0)
-    device = torch.device(options.device)
-    load, todo, rows = OtherLoad(), list(jobs(options, device)), []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    # No refresh thread, which would not go together with forks.
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(todo))
-        for name, job in todo:
-            progress.update(task, description=name, refresh=True)
-            # The emulator is loaded once; what takes processes of its own takes them itself.
-            once = name.startswith(("counting", "memory"))
-            rows += job() if once else apart(job, device)
-            progress.update(task, advance=1, refresh=True)
-    about = environment(options.device) | {
-        "inplace_followers": options.inplace_followers,
-        "other_load": load.share(),
-    }
-    return [replace(row, environment=about) for row in rows]
+def run(todo: Sequence[Job], device: torch.device) -> list[Row]:
+    """All rows of the jobs, under a progress bar on stderr."""
+    found = []
+    tqdm.monitor_interval = 0  # no thread, which would not go together with forks
+    for name, job in (progress := tqdm(todo, disable=None)):
+        progress.set_description(name)
+        # The emulator is loaded once; what takes processes of its own takes them itself.
+        once = name.startswith(("counting", "memory"))
+        found += job() if once else apart(job, device)
+    return found
 
 
-def notes(rows: Sequence[Row], compiled: bool) -> list[str]:
+def notes(found: DataFrame, about: dict[str, Any], compiled: bool) -> Iterator[str]:
     """What was measured, where, and what was left out."""
-    about, benchmarks = rows[0].environment, {row.benchmark for row in rows}
-    found = [", ".join(f"{key} {value}" for key, value in about.items() if key != "other_load")]
-    if benchmarks & {"op", "overhead", "memory"}:
-        missing = peers.left_out(about["device"], compiled)
-        found += [peers.EXPLAINED, *(f"Left out: {n} ({why})." for n, why in missing.items())]
-    if any(row.mode == "step" for row in rows):
-        missing = model_peers.left_out(compiled)
-        found += [model_peers.EXPLAINED, *(f"Left out: {n} ({w})." for n, w in missing.items())]
     share = about["other_load"]
-    if share is not None:
-        busy = f"Other processes took {share:.0%} of the machine meanwhile"
-        found.append(busy + (": TIMES ARE WORTHLESS." if share > OTHER_LOAD_WORST else "."))
-    return found
+    yield ", ".join(f"{key} {value}" for key, value in about.items() if key != "other_load")
+    explained = []
+    if found["benchmark"].isin(("op", "overhead", "memory")).any():
+        explained.append((peers.EXPLAINED, peers.left_out(about["device"], compiled)))
+    if (found["mode"] == "step").any():
+        explained.append((model_peers.EXPLAINED, model_peers.left_out(compiled)))
+    for text, missing in explained:
+        yield text
+        for name, why in missing.items():
+            yield f"Left out: {name} ({why})."
+    if (found["benchmark"] == "roofline").any():
+        yield f"```text\n{roofline.EXPLAINED}```\n\n{roofline.verdict(found)}"
+    worthless = ": TIMES ARE WORTHLESS." if share > OTHER_LOAD_WORST else "."
+    yield f"Other processes took {share:.0%} of the machine meanwhile{worthless}"
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    found = measured_tables(rows)
-    if any(row.benchmark == "roofline" for row in rows):
-        found += [roofline.ours_table(rows), roofline.peers_table(rows)]
-    if verdicts := targets.verdicts(rows):
-        found.append(targets.targets_table(verdicts))
-    return found
-
-
-def markdown(rows: Sequence[Row], compiled: bool) -> str:
-    parts = [f"{note}\n" for note in notes(rows, compiled)]
-    parts += [table.markdown() for table in tables(rows)]
-    if any(row.benchmark == "roofline" for row in rows):
-        parts += ["```text", roofline.EXPLAINED + "```", roofline.verdict(rows), ""]
-    return "\n".join(parts)
-
-
-def show(rows: Sequence[Row], compiled: bool) -> None:
-    console = wide_console()
-    for note in notes(rows, compiled):
-        console.print(note, markup=False)
-    for table in tables(rows):
-        console.print(table.rich())
-    for verdict in targets.verdicts(rows):
-        for miss in verdict.misses:
-            console.print(f"misses {verdict.target}: {miss}", markup=False)
-    if any(row.benchmark == "roofline" for row in rows):
-        console.print(roofline.EXPLAINED, roofline.verdict(rows), sep="\n", markup=False)
+def report(found: DataFrame, about: dict[str, Any], compiled: bool) -> str:
+    """In Markdown."""
+    made = [*tables.measured(found), *roofline.tables(found), *targets.tables(found)]
+    return "\n\n".join([*notes(found, about, compiled), *map(tables.markdown, made)])
 
 
 def main() -> None:
@@ -232,14 +182,20 @@ def main() -> None:
             raise SystemExit("no kernels for cuda: torch finds no GPU")
     file = options.json or RESULTS / f"{options.benchmark}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = run(options)
-    if not rows:
+    torch.manual_seed(0)
+    before, todo = cpu_seconds(), list(jobs(options))
+    if not todo:
         raise SystemExit(f"no case matches --filter {options.filter!r}")
-    save(rows, file)
-    show(rows, not options.no_compile)
-    file.with_suffix(".md").write_text(markdown(rows, not options.no_compile))
-    for saved in (file, file.with_suffix(".md"), *pictures.draw(rows, file)):
-        print(f"saved: {saved}")
+    found = run(todo, torch.device(options.device))
+    about = rows.environment(options.device)
+    others, total = (now - then for now, then in zip(cpu_seconds(), before, strict=True))
+    about["inplace_followers"] = options.inplace_followers
+    about["other_load"] = max(others / total, 0.0)
+    rows.save(found, about, file)
+    text = report(rows.load(file), about, not options.no_compile)
+    file.with_suffix(".md").write_text(text)
+    print(text)
+    print(f"\nsaved: {file}, {file.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

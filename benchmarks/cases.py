@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .timing import Call, Plan, Timing, measure
+from frozen_bn.checks import Statistics
+
+from .timing import Call, Plan, Rounds, measure
 
 Shape = tuple[int, int, int, int]
 Operation = Literal["plain", "relu", "residual+relu"]
@@ -95,23 +97,10 @@ def every_case(shapes: Iterable[Shape]) -> list[Case]:
     return [Case(*kind, shape) for shape, kind in itertools.product(shapes, list(kinds))]
 
 
-@dataclass(frozen=True)
-class Affine:
-    """The four vectors ``[C]``: constants all."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    @staticmethod
-    def random(channels: int, device: torch.device) -> Affine:
-        """Scales between 0.35 and 0.9: applied in place again and again, it stays finite."""
-
-        def uniform(low: float, high: float) -> Tensor:
-            return torch.empty(channels, device=device).uniform_(low, high)
-
-        return Affine(uniform(-1, 1), uniform(1, 2), uniform(0.5, 0.9), uniform(-1, 1))
+def random_affine(channels: int, device: torch.device) -> Statistics:
+    """Scales between 0.35 and 0.9: applied in place again and again, it stays finite."""
+    ranges = (-1, 1), (1, 2), (0.5, 0.9), (-1, 1)
+    return Statistics(*(torch.empty(channels, device=device).uniform_(*ends) for ends in ranges))
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ class Problem:
     torchvision's ResNet does, instead of ``y + residual`` and ``F.relu(y)``.
     """
 
-    affine: Affine
+    affine: Statistics
     dtype: torch.dtype
     operation: Operation
     inplace_followers: bool = False
@@ -141,7 +130,7 @@ class Setup:
         inplace_followers: bool = False,
     ) -> None:
         self.case, self.device = case, device
-        affine = Affine.random(case.shape[1], device)
+        affine = random_affine(case.shape[1], device)
         if train_affine:
             affine.weight.requires_grad_()
             affine.bias.requires_grad_()
@@ -175,7 +164,7 @@ class Setup:
         residual = None if self.residual is None else self.residual.detach()
         return partial(contender, self.input.detach(), residual)
 
-    def time(self, contenders: dict[str, Contender], mode: Mode, plan: Plan) -> dict[str, Timing]:
+    def time(self, contenders: dict[str, Contender], mode: Mode, plan: Plan) -> dict[str, Rounds]:
         """All contenders in one mode, interleaved."""
         with torch.set_grad_enabled(mode in ("forward", "backward", "full")):
             calls = {name: self.call(function, mode) for name, function in contenders.items()}

@@ -1,4 +1,4 @@
-"""``python benchmarks/compare.py old.json new.json``: what became slower than it was.
+"""``python -m benchmarks.compare old.json new.json``: what became slower than it was.
 
 Each file is one that ``python -m benchmarks`` saved. Lines (layer or network, mode, device,
 threads) that both have are compared, in the ratio of our time to that of the fastest peer in the
@@ -10,72 +10,45 @@ anything is, with 2 if nothing can be compared.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
-LINE = ("benchmark", "operation", "dtype", "layout", "shape", "mode", "device", "threads")
+from pandas import DataFrame, concat
+
+from . import rows
+from .tables import spread
+
+LINE = [*rows.LINE, "device", "threads"]
 CONDITIONS = ("machine", "cpu_level", "torch", "python", "inplace_followers")
 TOLERANCE = 0.1
+PARTS = ("median", "q20", "q80")
 
 
-@dataclass(frozen=True)
-class Change:
-    """The ratio of one of ours to the fastest peer, then and now."""
-
-    name: str
-    old: dict[str, float]
-    new: dict[str, float]
-    peers: tuple[str, str]
-
-    def worse(self, tolerance: float) -> bool:
-        beyond_scatter = self.new["q20"] > self.old["q80"]
-        return beyond_scatter and self.new["median"] > self.old["median"] * (1 + tolerance)
-
-    def __str__(self) -> str:
-        (old, new), (before, after) = (map(_spread, (self.old, self.new)), self.peers)
-        return f"{self.name}: {old} of {before} -> {new} of {after}"
-
-
-def _spread(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.3f} ({ratio['q20']:.3f}-{ratio['q80']:.3f})"
-
-
-def _lines(records: Iterable[Record]) -> dict[tuple[str, ...], dict[str, Record]]:
-    """By what identifies a line, its contenders that were timed."""
-    found: dict[tuple[str, ...], dict[str, Record]] = {}
-    for record in records:
-        if record["seconds"] is not None:
-            key = tuple(str(record[name]) for name in LINE)
-            found.setdefault(key, {})[record["contender"]] = record
-    return found
-
-
-def changes(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
-    """Of every line and every contender of ours that both have, over peers that both have."""
-    before, after = _lines(old), _lines(new)
+def ratios(timed: DataFrame) -> DataFrame:
+    """Of every contender of ours, on every line, to the fastest peer there."""
+    best = rows.fastest_peers(timed).set_index(LINE)
     found = []
-    for key in before.keys() & after.keys():
-        then, now = before[key], after[key]
-        both = [name for name in then if name in now]
-        peers = [name for name in both if then[name]["role"] == now[name]["role"] == "peer"]
-        if not peers:
-            continue
-        best = [min(peers, key=lambda name: of[name]["seconds"]["median"]) for of in (then, now)]
-        for ours in (name for name in both if now[name]["role"] == "ours"):
-            ratios = [of[peer]["ratios"][ours] for of, peer in zip((then, now), best, strict=True)]
-            found.append(Change(f"{ours}, {' '.join(key)}", *ratios, (best[0], best[1])))
-    return sorted(found, key=lambda change: change.old["median"] / change.new["median"])
+    for name in timed.loc[timed["role"] == "ours", "contender"].unique():
+        columns = {f"ratios.{name}.{part}": part for part in PARTS}
+        of_name = best[["contender", *columns]].rename(columns=columns).dropna()
+        found.append(of_name.assign(ours=name).set_index("ours", append=True))
+    return concat(found)
 
 
-def conditions(old: Sequence[Record], new: Sequence[Record]) -> list[str]:
-    """What else differs: ratios depend on it too."""
-    pairs = [(name, old[0].get(name), new[0].get(name)) for name in CONDITIONS]
-    return [f"{name}: {then} -> {now}" for name, then, now in pairs if then != now]
+def changes(old: DataFrame, new: DataFrame) -> DataFrame:
+    """Of what both have, over peers that both have; what became worst first."""
+    one = [*LINE, "contender", "role"]
+    both = old[one].merge(new[one])
+    then, now = (ratios(of.merge(both)) for of in (old, new))
+    found = then.add_prefix("then.").join(now.add_prefix("now."), how="inner")
+    factor = found["now.median"] / found["then.median"]
+    return found.assign(factor=factor).sort_values("factor", ascending=False)
+
+
+def worse(found: DataFrame, tolerance: float) -> DataFrame:
+    beyond_scatter = found["now.q20"] > found["then.q80"]
+    return found[beyond_scatter & (found["factor"] > 1 + tolerance)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,19 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", type=Path)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     options = parser.parse_args(arguments)
-    old, new = (json.loads(file.read_text()) for file in (options.old, options.new))
-    found = changes(old, new)
-    if not found:
+    old, new = (rows.load(file) for file in (options.old, options.new))
+    old, new = (of[of["seconds.median"].notna()] for of in (old, new))
+    lines = old[LINE].drop_duplicates()
+    left = len(lines) - len(lines.merge(new[LINE].drop_duplicates()))
+    if left == len(lines):
         print("nothing to compare: no line of the old file is in the new one", file=sys.stderr)
         return 2
-    for difference in conditions(old, new):
-        print(f"not alike: {difference}")
-    worse = [change for change in found if change.worse(options.tolerance)]
-    for change in worse:
-        print(f"WORSE  {change}")
-    left = len(_lines(old).keys() - _lines(new).keys())
-    print(f"{len(worse)} of {len(found)} ratios worsened; {left} old lines have no new one")
-    return 1 if worse else 0
+    for name in CONDITIONS:
+        before, after = (of[name].iloc[0] for of in (old, new))
+        if before != after:
+            print(f"not alike: {name}: {before} -> {after}")
+    found = changes(old, new)
+    slower = worse(found, options.tolerance)
+    then, now = (spread(slower, w) + " of " + slower[f"{w}.contender"] for w in ("then", "now"))
+    for line, change in (then + " -> " + now).items():
+        print(f"WORSE  {' '.join(map(str, line))}: {change}")
+    print(f"{len(slower)} of {len(found)} ratios worsened; {left} old lines have no new one")
+    return 1 if len(slower) else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ nvidia-cuda-nvdisasm).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -18,17 +17,13 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from frozen_bn.checks import ACTIVATIONS
 
@@ -178,23 +173,18 @@ def _read_architecture(library: Path, architecture: int) -> list[Kernel]:
     bounds = _threads(_dump(library, "-elf", *of))
     code = dict(_with_symbols(r"^\s*Function : (\S+)$", _dump(library, "-sass", *of)))
     kernels = []
-    usage = r"^ Function (\S+):$"
-    for symbol, text in _with_symbols(usage, _dump(library, "-res-usage", *of)):
+    for symbol, text in _with_symbols(r"^ Function (\S+):$", _dump(library, "-res-usage", *of)):
         use = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
-        loads, stores, local = accesses(code[symbol])
-        kernels.append(
-            Kernel(
-                readable(symbol),
-                architecture,
-                use["REG"],
-                use["STACK"] + use["LOCAL"],
-                use["SHARED"],
-                bounds.get(symbol, 1024),
-                loads,
-                stores,
-                local,
-            )
+        kernel = Kernel(
+            readable(symbol),
+            architecture,
+            use["REG"],
+            use["STACK"] + use["LOCAL"],
+            use["SHARED"],
+            bounds.get(symbol, 1024),
+            *accesses(code[symbol]),
         )
+        kernels.append(kernel)
     return kernels
 
 
@@ -216,11 +206,9 @@ def read(library: Path = LIBRARY) -> list[Kernel]:
 
 
 def _cell(kernel: Kernel) -> str:
-    text = f"{kernel.registers} {kernel.occupancy:4.0%}"
-    if kernel.spills:
-        text += f" +{kernel.stack} B"
+    spilled = f" +{kernel.stack} B" if kernel.spills else ""
     bad = kernel.spills or kernel.occupancy < OCCUPANCY_WORST
-    return f"[red]{text}[/red]" if bad else text
+    return f"{kernel.registers} {kernel.occupancy:.0%}{spilled}{' !' if bad else ''}"
 
 
 def _widths(counters: Iterable[Counter[int]]) -> str:
@@ -230,54 +218,42 @@ def _widths(counters: Iterable[Counter[int]]) -> str:
     return " ".join(f"{w}:{min(c[w] for c in every)}" for w in widths)
 
 
-def table(kernels: Sequence[Kernel]) -> Table:
-    architectures = sorted({k.architecture for k in kernels})
-    title = (
-        "registers a thread and theoretical occupancy (+ stack bytes) by architecture; global "
-        "loads and stores in the machine code, bytes:instructions (fewest of all architectures)"
-    )
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    result.add_column("kernel", no_wrap=True)
-    result.add_column("shared", justify="right", no_wrap=True)
-    for architecture in architectures:
-        result.add_column(f"sm_{architecture}", justify="right", no_wrap=True)
-    result.add_column("loads", no_wrap=True)
-    result.add_column("stores", no_wrap=True)
+def table(kernels: Iterable[Kernel]) -> str:
+    """In Markdown, a line a kernel."""
+    from pandas import DataFrame  # not needed by those who just look for a tool
+
+    lines = {}
     for name, group in groupby(kernels, key=lambda k: k.name):
-        row = {k.architecture: k for k in group}
-        cells = [_cell(row[a]) if a in row else "-" for a in architectures]
-        loads = _widths(k.loads for k in row.values())
-        stores = _widths(k.stores for k in row.values())
-        shared = max(k.shared for k in row.values())
-        result.add_row(name, str(shared), *cells, loads, stores)
-    return result
-
-
-def _as_json(kernel: Kernel) -> dict[str, Any]:
-    return {**vars(kernel), "occupancy": kernel.occupancy}
+        of = list(group)
+        lines[name] = {
+            "shared": str(max(k.shared for k in of)),
+            "loads": _widths(k.loads for k in of),
+            "stores": _widths(k.stores for k in of),
+            **{f"sm_{k.architecture}": _cell(k) for k in of},
+        }
+    found = DataFrame.from_dict(lines, "index").fillna("-").rename_axis("kernel")
+    return found.to_markdown(disable_numparse=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--filter", default="", metavar="REGEX", help="kernels it is found in")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures there")
-    parser.add_argument("--library", type=Path, default=LIBRARY)
     options = parser.parse_args()
     try:
-        kernels = [k for k in read(options.library) if re.search(options.filter, k.name)]
+        kernels = [k for k in read() if re.search(options.filter, k.name)]
     except (MissingTool, FileNotFoundError) as error:
         sys.exit(str(error))
-    console = Console()
-    console = console if console.is_terminal else Console(width=190)
-    console.print(table(kernels))
-    low = [k for k in kernels if k.occupancy < OCCUPANCY_WORST]
-    spilling = [k for k in kernels if k.spills]
-    console.print(
-        f"{len(kernels)} kernels: {len(low)} with an occupancy below {OCCUPANCY_WORST:.0%}, "
-        f"{len(spilling)} with accesses to the stack"
+    print(
+        "Registers a thread and theoretical occupancy (+ bytes of stack; ! what should not be) by "
+        "architecture; global loads and stores in the machine code, bytes:instructions, the fewest "
+        f"of all architectures.\n\n{table(kernels)}\n"
     )
-    if options.json is not None:
-        options.json.write_text(json.dumps([_as_json(k) for k in kernels], indent=1))
+    low = sum(k.occupancy < OCCUPANCY_WORST for k in kernels)
+    spilling = sum(k.spills for k in kernels)
+    print(
+        f"{len(kernels)} kernels: {low} with an occupancy below {OCCUPANCY_WORST:.0%}, "
+        f"{spilling} with accesses to the stack"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Bytes that a layer moves with what people use instead: from the operators that torch dispatches
-for fake CUDA tensors, forward and backward. Nothing here is measured on a GPU."""
+"""What torch dispatches: the bytes that a layer moves with what people use instead, and the casts
+in a step of a network. Nothing here is measured on a GPU."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,23 @@ from torch.utils._pytree import tree_leaves
 
 from .cases import Case, Contender, Problem, Setup
 from .traffic import COUNTED, Pass, contenders
+
+
+class _Watcher(TorchDispatchMode):
+    """Shows each operator, with the tensors that go in and come out, to ``see``."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given, made = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+            for tree in ((args, kwargs), result)
+        )
+        self.see(func, func._schema.name.removeprefix("aten::"), given, made)
+        return result
+
+    def see(self, func: Any, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -32,34 +48,27 @@ class Dispatched:
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
-def _stored_bytes(tensors: Iterable[Any]) -> int:
+def _stored_bytes(tensors: Sequence[Tensor]) -> int:
     """Of the elements that are there: an expanded dimension is stored once."""
     return sum(
         math.prod(n for n, step in zip(t.shape, t.stride(), strict=True) if step) * t.itemsize
         for t in tensors
-        if isinstance(t, Tensor)
     )
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(_Watcher):
     """Adds up the operators that launch kernels. Views and allocations do not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
-        self.names: list[str] = []
+        self.bytes, self.names = 0, []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def see(self, func: Any, name: str, given: list[Tensor], made: list[Tensor]) -> None:
         aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
         is_view = any(not alias.is_write for alias in aliases)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        name = func._schema.name.removeprefix("aten::")
-        if outputs and not is_view and name not in _ALLOCATIONS:
-            self.bytes += _stored_bytes(tree_leaves((args, kwargs))) + _stored_bytes(outputs)
+        if made and not is_view and name not in _ALLOCATIONS:
+            self.bytes += _stored_bytes(given) + _stored_bytes(made)
             self.names.append(name)
-        return result
 
     def taken(self) -> Dispatched:
         """What was counted since the last time."""
@@ -68,48 +77,19 @@ class _Operators(TorchDispatchMode):
         return counted
 
 
-def _backward(output: Tensor, grad: Tensor) -> None:
-    """Calls autograd's nodes, in an order that respects the graph.
-
-    Torch's engine would do just that, but refuses fake CUDA tensors where there is no GPU.
-    """
-    root: Any = output.grad_fn
-    uses: Counter[Any] = Counter()
-    found = [root]
-    for node in found:
-        for successor, _ in node.next_functions:
-            if successor is not None:
-                if successor not in uses:
-                    found.append(successor)
-                uses[successor] += 1
-    gradients: dict[Any, dict[int, Tensor]] = {root: {0: grad}}
-    ready = [root]
-    while ready:
-        node = ready.pop()
-        if not hasattr(node, "variable"):  # a leaf's
-            given = gradients[node]
-            results = node(*(given.get(k) for k in range(len(node._input_metadata))))
-            results = results if isinstance(results, tuple) else (results,)
-            for (successor, k), result in zip(node.next_functions, results, strict=True):
-                if successor is None:
-                    continue
-                slots = gradients.setdefault(successor, {})
-                slots[k] = slots[k] + result if k in slots else result
-                uses[successor] -= 1
-                if uses[successor] == 0:
-                    ready.append(successor)
-
-
 def dispatch(case: Case, contender: Callable[[Problem], Contender]) -> dict[Pass, Dispatched]:
-    """Runs a peer forward and backward on fake CUDA tensors; the vectors are constants."""
+    """Runs a peer forward and backward on fake tensors; the vectors are constants.
+
+    They are of the CPU, since autograd refuses fake CUDA tensors where there is no GPU. On CUDA the
+    operators are the same, but for the kind of batch normalization, which moves as much.
+    """
     with FakeTensorMode():
-        setup = Setup(case, torch.device("cuda"))
+        setup = Setup(case, torch.device("cpu"))
         function = contender(setup.problem)
         with _Operators() as operators:
             output = function(setup.input, setup.residual)
             forward = operators.taken()
-            with torch.no_grad():
-                _backward(output, setup.grad)
+            setup.gradients(output)
             return {"forward": forward, "backward": operators.taken()}
 
 
@@ -120,3 +100,33 @@ def dispatch_peers(case: Case) -> dict[str, dict[Pass, Dispatched]]:
         return lambda problem: contenders(problem)[name]
 
     return {name: dispatch(case, maker(name)) for name in COUNTED}
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    return sum(n > 1 for n in tensor.shape) < 2
+
+
+class _Casts(_Watcher):
+    """Vectors of channels are not counted: a cast of one is a launch, and no bytes to speak of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts = self.mixed = self.bytes = 0
+
+    def see(self, func: Any, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        before, after = ([t for t in part if t.is_floating_point()] for part in (given, made))
+        if name in ("_to_copy", "copy_") and after and not _is_vector(after[0]):
+            if len({t.dtype for t in before + after}) > 1:
+                self.casts += 1
+                self.bytes += before[-1].nbytes + after[0].nbytes
+        elif func.namespace == "aten" and not all(map(_is_vector, before)):
+            self.mixed += len({t.dtype for t in before}) > 1
+
+
+def casts(step: Callable[[], object]) -> dict[str, int]:
+    """Which tensors change their floating dtype in a step of training: how many casts there are,
+    what they read and write, and how many operators are given two dtypes (and then widen one: in
+    their kernel on CUDA, by a copy on a CPU)."""
+    with _Casts() as counted:
+        step()
+    return {"casts": counted.casts, "cast_bytes": counted.bytes, "mixed": counted.mixed}

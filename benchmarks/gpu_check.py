@@ -1,15 +1,14 @@
 """``python -m benchmarks.gpu_check``: everything that needs a GPU, in one go, and one report file.
 
 Every test on ``cuda``; streams, graphs and devices (tests/test_cuda.py); compute-sanitizer where it
-is installed; ``python -m benchmarks all --device cuda``, whose tables are in the report; its times
-over the modelled ones, and launches that the profiler saw beside those that were counted.
+is installed; ``python -m benchmarks all --device cuda``, whose tables are in the report; launches
+that the profiler saw beside those that were counted.
 Exits with 0 if all passed, 1 if something failed, 2 where there is no GPU or no CUDA half.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pandas import DataFrame
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,9 +28,7 @@ from frozen_bn import ops
 
 from . import dispatched, peers, rows, traffic
 from .cases import QUICK_SHAPES, Case, Contender, Setup, every_case
-from .rows import Row
-from .tables import Table, geometric_mean, spread
-from .timing import Quantiles
+from .tables import Table, markdown
 
 ROOT = Path(__file__).parents[1]
 TAIL_LINES = 40
@@ -56,15 +54,9 @@ def run(name: str, command: Sequence[str], extra: Mapping[str, str] | None = Non
     """Runs a command in the repository's root; its output goes to the report only."""
     print(f"{name}: {' '.join(command)}", flush=True)
     start = time.perf_counter()
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **(extra or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, **(extra or {})}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, errors="replace", **pipes)
     seconds = time.perf_counter() - start
     tail = "\n".join(done.stdout.splitlines()[-TAIL_LINES:])
     step = Step(name, "passed" if done.returncode == 0 else "failed", seconds, tail)
@@ -72,64 +64,32 @@ def run(name: str, command: Sequence[str], extra: Mapping[str, str] | None = Non
     return step
 
 
-def run_tests() -> Iterator[Step]:
-    pytest = [sys.executable, "-m", "pytest", "-rs"]
+def run_all(quick: bool, saved: Path) -> Iterator[Step]:
+    """``saved``: the rows of the benchmarks."""
+    python = [sys.executable, "-m"]
+    pytest = [*python, "pytest", "-rs"]
     # Each of the processes takes half a gigabyte of the GPU's memory.
     at_once = ["-n", str(min(8, os.cpu_count() or 1))]
-    yield run("build", [sys.executable, "-m", "frozen_bn"])
+    yield run("build", [*python, "frozen_bn"])
     on_cuda = ["-k", "cuda", "--ignore=tests/test_cuda.py"]
     yield run("all tests on cuda", [*pytest, *at_once, *on_cuda])
     yield run("streams, graphs, devices, repeatability", [*pytest, "-v", "tests/test_cuda.py"])
-
-
-def run_sanitizers() -> Iterator[Step]:
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "/usr/local/cuda/bin/compute-sanitizer"
-    )
+    sanitizer = "compute-sanitizer"
+    tool = shutil.which(sanitizer) or shutil.which(f"/usr/local/cuda/bin/{sanitizer}")
     if tool is None:
-        yield Step("compute-sanitizer", "skipped", 0, "compute-sanitizer is not installed")
-        return
-    pytest = [sys.executable, "-m", "pytest", *SANITIZED]
-    options = ["--error-exitcode", "1", "--report-api-errors", "no"]
+        yield Step(sanitizer, "skipped", 0, "it is not installed")
     # Without torch's cache every tensor is an allocation of its own, whose ends are checked.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for kind in SANITIZERS:
-        command = [tool, "--tool", kind, *options, *pytest]
-        yield run(f"compute-sanitizer {kind}", command, uncached)
+    for kind in SANITIZERS if tool else ():
+        options = ["--tool", kind, "--error-exitcode", "1", "--report-api-errors", "no"]
+        yield run(f"{sanitizer} {kind}", [tool, *options, *pytest, *SANITIZED], uncached)
+    benchmark = [*python, "benchmarks", "all", "--device", "cuda", "--json", str(saved)]
+    yield run("benchmark", benchmark + ["--quick"] * quick)
 
 
 def peak_bandwidth(memory_clock_khz: int, bus_bits: int) -> float | None:
     """Bytes a second; two transfers a clock. ``None`` where the driver does not tell."""
     return memory_clock_khz * 1e3 * 2 * bus_bits / 8 or None
-
-
-def over_model(found: Sequence[Row], bandwidth: float | None) -> Table:
-    """Ours, of the rows of ``benchmarks op``. Modelled: unavoidable bytes at peak bandwidth."""
-    title = (
-        "frozen_bn: measured medians of CUDA events, and modelled: the unavoidable bytes at the "
-        "peak bandwidth. Small layers stay in the L2 cache, where they can be faster than that, or "
-        "are bound by their launches, where they are slower"
-    )
-    headings = ("layer", "mode", "measured us", "modelled us", "measured/modelled")
-    table = Table(title, (*headings, "fastest peer/frozen_bn"))
-    ratios: dict[str, list[Quantiles]] = {}
-    for line in rows.lines(found, "op"):
-        ours = line.rows[peers.OURS]
-        if ours.unavoidable_bytes is None or ours.seconds is None:
-            continue  # in place
-        modelled, ratio = "-", "-"
-        if bandwidth:
-            least = ours.unavoidable_bytes / bandwidth
-            over = Quantiles(*(figure / least for figure in vars(ours.seconds).values()))
-            ratios.setdefault(ours.mode, []).append(over)
-            modelled, ratio = f"{least * 1e6:.1f}", spread(over)
-        faster = spread(line.fastest_peer.ratios[peers.OURS].inverse())
-        measured = f"{ours.median * 1e6:.1f}"
-        table.cells.append((ours.name, ours.mode, measured, modelled, ratio, faster))
-    for mode, of_mode in ratios.items():
-        mean = spread(geometric_mean(of_mode))
-        table.cells.append(("geometric mean", mode, "", "", mean, ""))
-    return table
 
 
 def seen_launches(setup: Setup, contender: Contender) -> int:
@@ -144,15 +104,14 @@ def seen_launches(setup: Setup, contender: Contender) -> int:
 
 def launches_table(seen: Mapping[Case, Mapping[str, int]]) -> Table:
     """Beside what ours should launch, and what torch dispatches for the peers."""
-    names = (peers.OURS, *traffic.COUNTED)
-    title = "launches, forward + backward: measured by the profiler / modelled"
-    table = Table(title, ("layer", *names))
+    lines = {}
     for case, of in seen.items():
         modelled = {peers.OURS: sum(OUR_LAUNCHES)}
         for name, passes in dispatched.dispatch_peers(case).items():
             modelled[name] = sum(one.launches for one in passes.values())
-        table.cells.append((case.name, *(f"{of[name]} / {modelled[name]}" for name in names)))
-    return table
+        lines[case.name] = {name: f"{of[name]} / {modelled[name]}" for name in modelled}
+    title = "launches, forward + backward: measured by the profiler / modelled"
+    return title, DataFrame.from_dict(lines, "index").rename_axis("layer")
 
 
 def see_launches() -> dict[Case, dict[str, int]]:
@@ -163,15 +122,6 @@ def see_launches() -> dict[Case, dict[str, int]]:
         names = (peers.OURS, *traffic.COUNTED)
         found[case] = {name: seen_launches(setup, contenders[name]) for name in names}
     return found
-
-
-def run_benchmark(quick: bool, file: Path) -> tuple[Step, list[Row], str]:
-    """Its rows, and its tables in Markdown."""
-    command = [sys.executable, "-m", "benchmarks", "all", "--device", "cuda", "--json", str(file)]
-    step = run("benchmark", command + ["--quick"] * quick)
-    if not file.exists():
-        return step, [], ""
-    return step, rows.load(file), file.with_suffix(".md").read_text()
 
 
 def render(
@@ -191,11 +141,13 @@ def render(
 
 
 def environment() -> dict[str, object]:
-    properties = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
+    bandwidth = peak_bandwidth(gpu.memory_clock_rate, gpu.memory_bus_width)
     return {
         **rows.environment("cuda"),
-        "capability": f"{properties.major}.{properties.minor}",
+        "capability": f"{gpu.major}.{gpu.minor}",
         "gpus": torch.cuda.device_count(),
+        "peak memory bandwidth, GB/s": bandwidth and round(bandwidth / 1e9),
         "cuda": torch.version.cuda,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
@@ -224,19 +176,15 @@ def main() -> int:
     def report() -> None:
         options.report.write_text(render(environment(), steps, sections))
 
-    for step in itertools.chain(run_tests(), run_sanitizers()):
-        steps.append(step)
-        report()
     folder = options.report.resolve().parent / "gpu-report"
     folder.mkdir(exist_ok=True)
-    benchmark, found, tables = run_benchmark(options.quick, folder / "all.json")
-    steps.append(benchmark)
-    properties = torch.cuda.get_device_properties(0)
-    bandwidth = peak_bandwidth(properties.memory_clock_rate, properties.memory_bus_width)
-    sections["Measured and modelled"] = over_model(found, bandwidth).markdown()
-    sections["Benchmarks"] = tables
-    report()
-    sections["Launches"] = launches_table(see_launches()).markdown()
+    for step in run_all(options.quick, folder / "all.json"):
+        steps.append(step)
+        report()
+    if steps[-1].outcome == "passed":
+        sections["Benchmarks"] = (folder / "all.md").read_text()
+        report()
+    sections["Launches"] = markdown(launches_table(see_launches()))
     report()
     print(f"report: {options.report}")
     return 1 if any(step.outcome == "failed" for step in steps) else 0

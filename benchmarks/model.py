@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from frozen_bn.report import saved_bytes
 
 from .cases import AS_IT_IS, LAYOUTS
-from .casts import casts
+from .dispatched import casts
 from .model_peers import Workload, chosen, loss_of, networks, role
 from .op import Settings
 from .rows import Row, timed
@@ -20,7 +20,7 @@ from .timing import measure, peak_bytes
 STEP, NO_GRAD = "step", "no-grad"
 
 
-def _step(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+def training_step(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-6)
 
     def step() -> None:
@@ -45,23 +45,20 @@ def bench(
         if precision.half:
             net.half()
         losses[name] = loss_of(net, workload, settings.device, precision)
-        steps[name] = _step(net, losses[name])
+        steps[name] = training_step(net, losses[name])
         steps[name]()  # compiles, and lets the first momentum of things settle
+        of = {"mode": STEP, "contender": name, "role": role(name)}
         if precision != AS_IT_IS and role(name) != "beside":
-            counted = {"details": casts(steps[name])}
-            key = {"mode": STEP, "contender": name, "role": role(name)}
-            rows.append(Row("casts", *problem, **key, **counted))
+            rows.append(Row("casts", *problem, **of, details=casts(steps[name])))
         if "memory" in wanted:
             saved = saved_bytes(net, losses[name])
             peak = peak_bytes(steps[name], settings.device)
-            key = {"mode": STEP, "contender": name, "role": role(name)}
-            rows.append(Row("memory", *problem, **key, saved_bytes=saved, peak_bytes=peak))
+            rows.append(Row("memory", *problem, **of, saved_bytes=saved, peak_bytes=peak))
     if "model" in wanted:
-        timings = measure(steps, settings.plan, settings.device)
-        rows += timed(("model", *problem), STEP, timings, role)
         calls = {name: partial(_without_gradients, loss) for name, loss in losses.items()}
-        timings = measure(calls, settings.plan, settings.device)
-        rows += timed(("model", *problem), NO_GRAD, timings, role)
+        for mode, of_mode in ((STEP, steps), (NO_GRAD, calls)):
+            rounds = measure(of_mode, settings.plan, settings.device)
+            rows += timed(("model", *problem), mode, rounds, role)
     return rows
 
 
@@ -70,17 +67,17 @@ def host(workload: Workload, settings: Settings) -> list[Row]:
     gradients but that of the input."""
     torch.set_num_threads(1)
     nets = networks(workload, compiled=False)
+    for net in nets.values():
+        net.to(settings.device).requires_grad_(False)
     image = torch.randn(workload.shape, device=settings.device, requires_grad=True)
+    problem = "model", workload.name, "fp32", "contiguous", workload.shape
     rows = []
     for mode, call in (
         ("forward", lambda net: net(image)),
         ("forward+backward", lambda net: net(image).sum().backward()),
         (NO_GRAD, lambda net: _without_gradients(partial(net, image))),
     ):
-        calls = {n: partial(call, net.to(settings.device)) for n, net in nets.items()}
-        for net in nets.values():
-            net.requires_grad_(False)
-        problem = "model", workload.name, "fp32", "contiguous", workload.shape
+        calls = {name: partial(call, net) for name, net in nets.items()}
         rows += timed(problem, mode, measure(calls, settings.plan, settings.device), role)
     return rows
 

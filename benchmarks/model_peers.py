@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torchvision  # type: ignore[import-untyped]
+import torchvision
 from torch import Tensor, nn
-from torchvision.models.mobilenetv2 import InvertedResidual  # type: ignore[import-untyped]
-from torchvision.models.resnet import BasicBlock, Bottleneck  # type: ignore[import-untyped]
-from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 import frozen_bn
 
 from .cases import Precision, Shape
+from .peers import formula
 
 DELETED = "BN deleted"
 EVAL = "BN in eval()"
@@ -62,12 +63,10 @@ class Workload:
         return self.batch, 3, self.size, self.size
 
 
-def _faster_rcnn() -> nn.Module:
-    model: nn.Module = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, min_size=800, max_size=800
-    )
-    return model
-
+_faster_rcnn = partial(
+    torchvision.models.detection.fasterrcnn_resnet50_fpn,
+    weights=None, weights_backbone=None, min_size=800, max_size=800,
+)  # fmt: skip
 
 WORKLOADS = {
     "resnet18": Workload("ResNet-18", torchvision.models.resnet18, 4, 224),
@@ -77,30 +76,29 @@ WORKLOADS = {
 }
 
 
-def _chain(channels: int, block: Callable[[], nn.Module]) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, channels, 1), *(block() for _ in range(8)))
+def _chain(channels: int, block: type[nn.Module], *arguments: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, channels, 1), *(block(*arguments) for _ in range(8)))
 
 
 #: Whose tensors are too small to matter: what is measured is Python.
 SMALL = [
-    Workload("8 BasicBlocks", lambda: _chain(8, lambda: BasicBlock(8, 8)), 1, 4),
-    Workload("8 Bottlenecks", lambda: _chain(32, lambda: Bottleneck(32, 8)), 1, 4),
-    Workload("8 InvertedResiduals", lambda: _chain(8, lambda: InvertedResidual(8, 8, 1, 2)), 1, 4),
+    Workload("8 BasicBlocks", partial(_chain, 8, BasicBlock, 8, 8), 1, 4),
+    Workload("8 Bottlenecks", partial(_chain, 32, Bottleneck, 32, 8), 1, 4),
+    Workload("8 InvertedResiduals", partial(_chain, 8, InvertedResidual, 8, 8, 1, 2), 1, 4),
     Workload("ResNet-50", torchvision.models.resnet50, 1, 32),
     Workload("MobileNetV2", torchvision.models.mobilenet_v2, 1, 32),
 ]
 
 
-def _batch_norms(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))]
+def batch_norms(net: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """Live ones, by name."""
+    return {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.BatchNorm2d)}
 
 
-def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, make(child))
-    return module
+def _replace(net: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+    for name, layer in batch_norms(net).items():
+        net.set_submodule(name, make(layer))
+    return net
 
 
 def _frozen_as(kind: type[nn.Module], bn: nn.Module) -> nn.Module:
@@ -109,21 +107,18 @@ def _frozen_as(kind: type[nn.Module], bn: nn.Module) -> nn.Module:
     return frozen
 
 
-class _Detectron2(FrozenBatchNorm2d):  # type: ignore[misc]
+class _Detectron2(FrozenBatchNorm2d):
     """What detectron2's class computes, by the same operators, from the same buffers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            vectors = self.running_mean, self.running_var, self.weight, self.bias
-            return torch.nn.functional.batch_norm(x, *vectors, training=False, eps=self.eps)
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        bias = self.bias - self.running_mean * scale
-        scale, bias = scale.reshape(1, -1, 1, 1), bias.reshape(1, -1, 1, 1)
-        return x * scale.to(x.dtype) + bias.to(x.dtype)
+        if x.requires_grad:
+            return formula(x, self)
+        vectors = self.running_mean, self.running_var, self.weight, self.bias
+        return torch.nn.functional.batch_norm(x, *vectors, training=False, eps=self.eps)
 
 
 def _in_eval_mode(net: nn.Module) -> nn.Module:
-    for layer in _batch_norms(net):
+    for layer in batch_norms(net).values():
         layer.eval().requires_grad_(False)  # the affine is frozen in all of them
     return net
 
@@ -136,7 +131,7 @@ def _compiled(net: nn.Module) -> nn.Module:
 
 
 def _with_mmcv_trick(net: nn.Module) -> nn.Module:
-    from mmengine.model.efficient_conv_bn_eval import (  # type: ignore[import-not-found]
+    from mmengine.model.efficient_conv_bn_eval import (
         turn_on_efficient_conv_bn_eval_for_single_model as turn_on,
     )
 
@@ -144,8 +139,8 @@ def _with_mmcv_trick(net: nn.Module) -> nn.Module:
     return net
 
 
-def _scaled(net: nn.Module, images: Tensor) -> nn.Module:
-    """``net`` with batch normalizations that are identities, and convolutions of unit variance.
+def _scale(net: nn.Module, images: Tensor) -> None:
+    """Gives the convolutions unit variance; batch normalizations are identities, as they are new.
 
     So all contenders compute the same, and neither large nor denormal numbers: what convolutions
     cost depends on that.
@@ -153,18 +148,20 @@ def _scaled(net: nn.Module, images: Tensor) -> nn.Module:
 
     def scale(conv: nn.Module, _: object, output: Tensor) -> Tensor:
         deviation = output.std()
-        conv.weight.div_(deviation)  # type: ignore[operator]
+        conv.weight.div_(deviation)
         return output / deviation
 
-    for layer in _batch_norms(net):
-        layer.num_batches_tracked.fill_(1)  # type: ignore[operator]
-    convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
-    hooks = [conv.register_forward_hook(scale) for conv in convolutions]
+    for layer in batch_norms(net).values():
+        layer.num_batches_tracked.fill_(1)
+    hooks = [
+        layer.register_forward_hook(scale)
+        for layer in net.modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
     with torch.no_grad():
         net.eval()(images)
     for hook in hooks:
         hook.remove()
-    return net.train()
 
 
 def left_out(compiled: bool) -> dict[str, str]:
@@ -175,39 +172,40 @@ def left_out(compiled: bool) -> dict[str, str]:
     return reasons
 
 
+def frozen_in_every_way(live: nn.Module) -> dict[str, nn.Module]:
+    """Copies of ``live``, eager, all in train mode but for what has to be in eval."""
+
+    def copied() -> nn.Module:
+        return copy.deepcopy(live).train()
+
+    nets = {
+        DELETED: _replace(copied(), lambda bn: nn.Identity()),
+        EVAL: _in_eval_mode(copied()),
+        TORCHVISION: _replace(copied(), partial(_frozen_as, FrozenBatchNorm2d)),
+        DETECTRON2: _replace(copied(), partial(_frozen_as, _Detectron2)),
+        PLAIN: frozen_bn.convert_frozen_bn(copied(), fuse=False),
+        FUSED: frozen_bn.convert_frozen_bn(copied()),
+        FOLDED: frozen_bn.convert_frozen_bn(copied(), fold_conv=True),
+    }
+    if MMCV not in left_out(True):
+        nets[MMCV] = _with_mmcv_trick(_in_eval_mode(copied()))
+    return nets
+
+
 def networks(
     workload: Workload, *, compiled: bool = True, all_compiled: bool = False
 ) -> dict[str, nn.Module]:
-    """The contenders, with the same weights, all in train mode but for what has to be in eval.
-    ``all_compiled``: ours and BN in eval mode too, not just torchvision's."""
+    """The contenders, with the same weights. ``all_compiled``: ours and BN in eval mode too, not
+    just torchvision's."""
     torch.manual_seed(0)
     live = workload.build()
-    body = live.backbone.body if workload.detection else live
-    _scaled(body, torch.randn(2, 3, 224, 224))
-    live.train()
-
-    def frozen(**options: bool) -> nn.Module:
-        return frozen_bn.convert_frozen_bn(copy.deepcopy(live), **options)
-
-    def replaced(kind: type[nn.Module]) -> nn.Module:
-        return _replace(copy.deepcopy(live), partial(_frozen_as, kind))
-
-    nets = {
-        DELETED: _replace(copy.deepcopy(live), lambda bn: nn.Identity()),
-        EVAL: _in_eval_mode(copy.deepcopy(live)),
-        TORCHVISION: replaced(FrozenBatchNorm2d),
-        DETECTRON2: replaced(_Detectron2),
-        PLAIN: frozen(fuse=False),
-        FUSED: frozen(),
-        FOLDED: frozen(fold_conv=True),
-    }
+    _scale(live.backbone.body if workload.detection else live, torch.randn(2, 3, 224, 224))
+    nets = frozen_in_every_way(live)
     if compiled:
-        nets[COMPILED] = _compiled(replaced(FrozenBatchNorm2d))
+        nets[COMPILED] = _compiled(copy.deepcopy(nets[TORCHVISION]))
     if compiled and all_compiled:
         for name in (PLAIN, FUSED, FOLDED, EVAL, DELETED):
             nets[f"{name}, compiled"] = _compiled(copy.deepcopy(nets[name]))
-    if MMCV not in left_out(compiled):
-        nets[MMCV] = _with_mmcv_trick(_in_eval_mode(copy.deepcopy(live)))
     return nets
 
 
@@ -220,46 +218,28 @@ def chosen(nets: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
     }
 
 
-def _in_precision(
-    loss: Callable[[], Tensor], precision: Precision, device: torch.device
-) -> Callable[[], Tensor]:
-    if precision.autocast is None:
-        return loss
-
-    def cast() -> Tensor:
-        with torch.autocast(device.type, precision.autocast):
-            return loss()
-
-    return cast
-
-
 def loss_of(
     net: nn.Module, workload: Workload, device: torch.device, precision: Precision
 ) -> Callable[[], Tensor]:
     """A function that runs ``net`` forward on inputs that are the same for all networks."""
     generator = torch.Generator().manual_seed(1)
     count, size = workload.batch, workload.size
-    images = torch.randn(count, 3, size, size, generator=generator).to(device)
-    if precision.half:
-        images = images.half()
-    if not workload.detection:
-        channels_last = next(p for p in net.parameters() if p.dim() == 4).is_contiguous(
-            memory_format=torch.channels_last
-        )
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        labels = torch.randint(1000, (count,), generator=generator).to(device)
-        entropy = torch.nn.functional.cross_entropy
-        return _in_precision(lambda: entropy(net(images), labels), precision, device)
+    images = torch.randn(workload.shape, generator=generator).to(device)
+    images = images.half() if precision.half else images
+    kernel = next(p for p in net.parameters() if p.dim() == 4)
+    if kernel.is_contiguous(memory_format=torch.channels_last) and not workload.detection:
+        images = images.contiguous(memory_format=torch.channels_last)
     corners = torch.rand(count, 8, 2, generator=generator) * size / 2
+    labels = torch.randint(1000, (count,), generator=generator).to(device)
     boxes = torch.cat([corners, corners + size / 4], -1).to(device)
-    targets = [
-        {"boxes": b, "labels": torch.ones(8, dtype=torch.long, device=device)} for b in boxes
-    ]
+    ones = torch.ones(8, dtype=torch.long, device=device)
 
     def loss() -> Tensor:
-        torch.manual_seed(2)  # proposals are sampled
-        losses: dict[str, Tensor] = net([*images], targets)
-        return torch.stack([*losses.values()]).sum()
+        with torch.autocast(device.type, precision.autocast, precision.autocast is not None):
+            if not workload.detection:
+                return torch.nn.functional.cross_entropy(net(images), labels)
+            torch.manual_seed(2)  # proposals are sampled
+            losses = net([*images], [{"boxes": of_image, "labels": ones} for of_image in boxes])
+            return torch.stack([*losses.values()]).sum()
 
-    return _in_precision(loss, precision, device)
+    return loss

@@ -6,13 +6,12 @@ reference before it is timed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from frozen_bn.report import saved_bytes
 
@@ -34,7 +33,7 @@ from .cases import (
     every_case,
 )
 from .rows import Row, problem_of, timed
-from .timing import Plan, Timing, apart, measure, peak_bytes
+from .timing import Plan, apart, measure, peak_bytes
 from .traffic import Pass
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -78,63 +77,46 @@ def cases(quick: bool, batch: int | None = None) -> list[tuple[Case, bool]]:
     return [(replace(c, shape=(batch or c.shape[0], *c.shape[1:])), i) for c, i in found]
 
 
-def _assert_close(name: str, what: str, ours: Tensor, expected: Tensor, allowed: float) -> None:
-    """At most a fraction ``allowed`` of the elements may differ by more than the rounding."""
-    laid_out = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in (ours, expected)]
-    if laid_out[0] != laid_out[1]:
-        raise AssertionError(f"{name}: {what} is {laid_out[0]}, the reference's {laid_out[1]}")
-    # In pieces, so as not to leave large holes on the heap that is timed next.
-    pieces = (
-        torch.as_strided(t, [t.numel()], [1]).chunk((t.numel() >> 20) + 1) for t in (ours, expected)
-    )
-    tolerance = TOLERANCES[ours.dtype]
-    wrong = sum(
-        int((~torch.isclose(got.float(), right.float(), rtol=tolerance, atol=1e-5)).sum())
-        for got, right in zip(*pieces, strict=True)
-    )
-    if wrong > allowed * ours.numel():
-        raise AssertionError(f"{name}: {what} differs from the reference in {wrong} elements")
-
-
 def check(setup: Setup, ours: Contender) -> None:
     """Ours against the reference: all of the output, and the gradients but for one element in a
     million, where the pre-activation may round to the other side of zero."""
-    results = []
-    for function in (ours, peers.reference(setup.problem)):
-        output = function(setup.input, setup.residual)
-        results.append((output.detach(), *setup.gradients(output)))
-        del output
-    whats = ("the output", "the input's gradient", "the residual's gradient")
-    for what, got, expected in zip(whats, *results, strict=False):
-        allowed = 0 if what == whats[0] else 1e-6
-        _assert_close(setup.case.name, what, got, expected, allowed)
+    reference = peers.reference(setup.problem)
+    got, expected = (function(setup.input, setup.residual) for function in (ours, reference))
+    close = {"rtol": TOLERANCES[got.dtype], "atol": 1e-5}
+    torch.testing.assert_close(got, expected, **close, check_stride=True)
+    if not got.requires_grad:
+        return
+    for pair in zip(setup.gradients(got), setup.gradients(expected), strict=True):
+        if (~torch.isclose(*pair, **close)).sum() > 1e-6 * got.numel():
+            torch.testing.assert_close(*pair, **close)
 
 
-def bench(case: Case, settings: Settings) -> list[Row]:
-    """All modes but in place."""
+def _check_ours(case: Case, settings: Settings, in_place: bool) -> None:
     setup = settings.setup(case)
+    if not in_place:
+        return check(setup, peers.contenders(setup.problem)[peers.OURS])
+    with torch.no_grad():
+        got = peers.inplace_contenders(setup.problem)[peers.OURS](setup.input.clone(), None)
+        check(setup, lambda input, residual: got)
+
+
+def bench(case: Case, settings: Settings, in_place: bool = False) -> list[Row]:
+    """All modes but in place; or that only, again and again over one tensor. The peers' followers
+    always work in place there."""
+    # Apart, since it would leave holes on the heap that is timed.
+    apart(partial(_check_ours, case, settings, in_place), settings.device)
+    setup = settings.setup(case)
+    if in_place:
+        rounds = setup.time(peers.inplace_contenders(setup.problem), "in place", settings.plan)
+        return timed(problem_of("op", case), "in place", rounds, peers.role)
     contenders = peers.contenders(setup.problem, compiled=settings.compiled)
-    check(setup, contenders[peers.OURS])
     rows: list[Row] = []
     for mode in MODES:
-        timings = setup.time(contenders, mode, settings.plan)
+        rounds = setup.time(contenders, mode, settings.plan)
         needed = sum(traffic.unavoidable_bytes(case, which, case.shape) for which in PASSES[mode])
-        for row in timed(problem_of("op", case), mode, timings, peers.role):
+        for row in timed(problem_of("op", case), mode, rounds, peers.role):
             rows.append(replace(row, unavoidable_bytes=needed))
     return rows
-
-
-def bench_in_place(case: Case, settings: Settings) -> list[Row]:
-    """Again and again over one tensor. The peers' followers always work in place here."""
-    setup, mode = settings.setup(case), "in place"
-    contenders = peers.inplace_contenders(setup.problem)
-    with torch.no_grad():
-        expected = peers.reference(setup.problem)(setup.input, None)
-        got = contenders[peers.OURS](setup.input.clone(), None)
-    _assert_close(case.name, "the output", got, expected, 0)
-    del expected, got
-    timings = setup.time(contenders, mode, settings.plan)
-    return timed(problem_of("op", case), mode, timings, peers.role)
 
 
 def _chain(setup: Setup, contender: Contender) -> object:
@@ -151,19 +133,16 @@ def overhead(settings: Settings) -> list[Row]:
     rows: list[Row] = []
     for operation in get_args(Operation):
         case = Case("fp32", "contiguous", operation, OVERHEAD_SHAPE)
-        setup, modes = settings.setup(case), ("no-grad", "forward", "backward", "full")
+        setup, problem = settings.setup(case), problem_of("overhead", case)
         contenders = peers.contenders(setup.problem, compiled=settings.compiled)
         del contenders[peers.FLOOR]
-        problem = problem_of("overhead", case)
-        for mode in modes:
-            timings = setup.time(contenders, mode, settings.plan)
-            rows += timed(problem, mode, timings, peers.role)
+        for mode in ("no-grad", "forward", "backward", "full"):
+            rounds = setup.time(contenders, mode, settings.plan)
+            rows += timed(problem, mode, rounds, peers.role)
         chains = {name: partial(_chain, setup, function) for name, function in contenders.items()}
-        timings = {
-            name: Timing(tuple(seconds / CHAIN for seconds in timing.rounds))
-            for name, timing in measure(chains, settings.plan, settings.device).items()
-        }
-        rows += timed(problem, f"chain of {CHAIN}", timings, peers.role)
+        rounds = measure(chains, settings.plan, settings.device)
+        a_layer = {name: seconds / CHAIN for name, seconds in rounds.items()}
+        rows += timed(problem, f"chain of {CHAIN}", a_layer, peers.role)
     return rows
 
 
@@ -173,30 +152,24 @@ def memory_cases(quick: bool) -> list[Case]:
     return [case for case in cases if case.layout == "contiguous" and case.dtype in dtypes]
 
 
+def _memory_of(case: Case, settings: Settings, name: str) -> Row:
+    setup = settings.setup(case)
+    contender = peers.contenders(setup.problem, compiled=settings.compiled)[name]
+    setup.full(contender)
+    return Row(
+        *problem_of("memory", case),
+        mode="full",
+        contender=name,
+        role=peers.role(name),
+        saved_bytes=saved_bytes(nn.Module(), partial(contender, setup.input, setup.residual)),
+        peak_bytes=peak_bytes(partial(setup.full, contender), settings.device),
+    )
+
+
 def memory(case: Case, settings: Settings) -> list[Row]:
     """Each contender in a process of its own, on the CPU: what it saves for the backward pass, the
     input included where it keeps it, and how far memory rises, forward and backward."""
-
-    def of(name: str) -> Row:
-        setup = settings.setup(case)
-        contender = peers.contenders(setup.problem, compiled=settings.compiled)[name]
-        setup.full(contender)
-        saved = saved_bytes(nn.Module(), partial(contender, setup.input, setup.residual))
-        peak = peak_bytes(partial(setup.full, contender), settings.device)
-        return Row(
-            *problem_of("memory", case),
-            mode="full",
-            contender=name,
-            role=peers.role(name),
-            saved_bytes=saved,
-            peak_bytes=peak,
-        )
-
-    return [apart(partial(of, name), settings.device) for name in names(settings)]
-
-
-def names(settings: Settings) -> Sequence[str]:
-    """Of all contenders that are there."""
-    missing = peers.left_out(settings.device.type, settings.compiled)
-    every = (peers.OURS, peers.FLOOR, *peers.PEERS, peers.LIVE, peers.COMPILED)
-    return [name for name in every if name not in missing]
+    return [
+        apart(partial(_memory_of, case, settings, name), settings.device)
+        for name in peers.names(settings.device.type, settings.compiled)
+    ]

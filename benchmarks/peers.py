@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
+from torchvision.ops import FrozenBatchNorm2d
 
 import frozen_bn
 
-from .cases import Affine, Contender, Problem
+from .cases import Contender, Problem
 
 OURS = "frozen_bn"
 FLOOR = "floor"
@@ -26,11 +25,10 @@ CUDNN_OFF = "batch_norm, cuDNN off"
 #: ``batch_norm`` is ``F.batch_norm(training=False)``; cuDNN can be turned off where there is CUDA.
 PEERS = ("torchvision", "timm", "batch_norm", CUDNN_OFF, "detectron2")
 #: Shown beside the peers, not counted among them: the formula, compiled; live batch norm, which
-#: computes something else; what overwrites its input, in two or three passes or one.
+#: computes something else; what overwrites its input, in two or three passes.
 COMPILED = "formula, compiled"
 LIVE = "batch_norm, live"
 MUL_ADD_INPLACE = "x.mul_().add_()"
-INPLACE_ABN = "inplace-abn"
 
 EXPLAINED = (
     "frozen_bn: frozen_bn.frozen_batch_norm. torchvision, timm: FrozenBatchNorm2d and "
@@ -41,7 +39,6 @@ EXPLAINED = (
     "something else. Vectors are float32 constants; the input (and the residual) requires grad."
 )
 
-EPS = 1e-5
 _FLOOR_FACTOR = 0.75
 
 
@@ -94,40 +91,25 @@ def _followed(norm: Callable[[Tensor], Tensor], problem: Problem) -> Contender:
     return contender
 
 
-def _torchvision(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """The module, its buffers in the data's dtype, as ``model.half()`` leaves them.
+def _module(problem: Problem, kind: Callable[[int, float], nn.Module]) -> nn.Module:
+    """Its buffers in the data's dtype, as ``model.half()`` leaves them.
 
     With float32 buffers a half input would give a float32 output: another result, and slower.
     """
-    affine = problem.affine
-    module: nn.Module = FrozenBatchNorm2d(affine.weight.numel(), EPS)
-    module.load_state_dict(vars(affine))
-    return module.to(affine.weight.device, problem.dtype)
-
-
-def _timm(problem: Problem) -> Contender:
-    """Its activation is its own; only the residual has to come between."""
-    affine, sums = problem.affine, problem.operation not in ("plain", "relu")
-    module: nn.Module = FrozenBatchNormAct2d(
-        affine.weight.numel(),
-        EPS,
-        apply_act=problem.operation == "relu",
-        inplace=problem.inplace_followers,
-    )
-    module.load_state_dict(vars(affine))
-    module.to(affine.weight.device, problem.dtype)
-    return _followed(module, problem) if sums else lambda input, residual: module(input)
+    vectors = problem.affine._asdict()
+    module = kind(problem.affine.weight.numel(), vectors.pop("eps"))
+    module.load_state_dict(vectors)
+    return module.to(problem.affine.weight.device, problem.dtype)
 
 
 def _batch_norm(problem: Problem, live: bool = False) -> Callable[[Tensor], Tensor]:
     """``live``: of the batch's own statistics, and with running ones that change."""
-    affine = problem.affine
-    statistics = [affine.running_mean, affine.running_var]
+    mean, var, weight, bias, eps = problem.affine
     if live:
-        statistics = [vector.clone() for vector in statistics]
+        mean, var = mean.clone(), var.clone()
 
     def norm(input: Tensor) -> Tensor:
-        return F.batch_norm(input, *statistics, affine.weight, affine.bias, training=live, eps=EPS)
+        return F.batch_norm(input, mean, var, weight, bias, training=live, eps=eps)
 
     return norm
 
@@ -140,22 +122,18 @@ def _without_cudnn(function: Contender) -> Contender:
     return contender
 
 
-def scale_shift(affine: Affine) -> tuple[Tensor, Tensor]:
+def scale_shift(affine: Any) -> tuple[Tensor, Tensor]:
     """``[1, C, 1, 1]`` each, in the dtype of the vectors, as detectron2 derives them."""
-    scale = affine.weight * (affine.running_var + EPS).rsqrt()
+    scale = affine.weight * (affine.running_var + affine.eps).rsqrt()
     shift = affine.bias - affine.running_mean * scale
     return scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
 
 
-def _formula(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """detectron2's: float32 vectors, cast to the input's dtype after the arithmetic."""
-    affine = problem.affine
-
-    def norm(input: Tensor) -> Tensor:
-        scale, shift = scale_shift(affine)
-        return input * scale.to(input.dtype) + shift.to(input.dtype)
-
-    return norm
+def formula(input: Tensor, affine: Any) -> Tensor:
+    """detectron2's: cast to the input's dtype after the arithmetic. ``affine``: ``Statistics``, or
+    a module with buffers of these names."""
+    scale, shift = scale_shift(affine)
+    return input * scale.to(input.dtype) + shift.to(input.dtype)
 
 
 def _compiled(function: Contender) -> Contender:
@@ -163,48 +141,33 @@ def _compiled(function: Contender) -> Contender:
     import torch._functorch.config
     import torch._inductor.config
 
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    torch._functorch.config.donated_buffer = False
     torch._inductor.config.compile_threads = 1  # or it keeps other processes
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
     torch._dynamo.reset()
-    compiled: Contender = torch.compile(function, fullgraph=True, dynamic=False)
-    return compiled
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _with_our_signature(
     function: Callable[..., Tensor], problem: Problem, inplace: bool = False
 ) -> Contender:
-    affine = problem.affine
+    mean, var, weight, bias, eps = problem.affine
     activation = None if problem.operation == "plain" else "relu"
 
     def contender(input: Tensor, residual: Tensor | None) -> Tensor:
         return function(
-            input,
-            affine.running_mean,
-            affine.running_var,
-            affine.weight,
-            affine.bias,
-            EPS,
-            activation=activation,
-            residual=residual,
-            inplace=inplace,
-        )
+            input, mean, var, weight, bias, eps,
+            activation=activation, residual=residual, inplace=inplace,
+        )  # fmt: skip
 
     return contender
 
 
-def _ours(problem: Problem, inplace: bool = False) -> Contender:
-    return _with_our_signature(frozen_bn.frozen_batch_norm, problem, inplace)
-
-
 def _mul_add_inplace(problem: Problem) -> Contender:
-    affine = problem.affine
-    relu = problem.operation != "plain"
-
     def contender(input: Tensor, residual: Tensor | None) -> Tensor:
-        scale, shift = scale_shift(affine)
+        scale, shift = scale_shift(problem.affine)
         input.mul_(scale.to(input.dtype)).add_(shift.to(input.dtype))
-        return F.relu_(input) if relu else input
+        return input if problem.operation == "plain" else F.relu_(input)
 
     return contender
 
@@ -214,64 +177,51 @@ def reference(problem: Problem) -> Contender:
     return _with_our_signature(frozen_bn.reference.frozen_batch_norm, problem)
 
 
-def _inplace_abn(problem: Problem) -> Contender:
-    """Its function, in eval mode."""
-    library, affine = importlib.import_module("inplace_abn"), problem.affine
-    activation = "identity" if problem.operation == "plain" else "leaky_relu"
-
-    def contender(input: Tensor, residual: Tensor | None) -> Tensor:
-        vectors = (affine.weight, affine.bias, affine.running_mean, affine.running_var)
-        output: Tensor = library.inplace_abn(input, *vectors, False, 0.0, EPS, activation, 0.0)
-        return output
-
-    return contender
-
-
 @cache
 def left_out(device: str, compiled: bool) -> dict[str, str]:
     """Contenders that are not there, and why."""
-    reasons = {}
-    if device != "cuda":
-        reasons[CUDNN_OFF] = "there is cuDNN on CUDA only"
-    if not compiled:
-        reasons[COMPILED] = "--no-compile"
-    if importlib.util.find_spec("inplace_abn") is None:
-        reasons[INPLACE_ABN] = "not installed"
-    return reasons
+    reasons = {} if compiled else {COMPILED: "--no-compile"}
+    return reasons if device == "cuda" else reasons | {CUDNN_OFF: "there is cuDNN on CUDA only"}
+
+
+def names(device: str, compiled: bool) -> list[str]:
+    """Of all contenders that are there."""
+    every = (OURS, FLOOR, *PEERS, LIVE, COMPILED)
+    return [name for name in every if name not in left_out(device, compiled)]
 
 
 def eager_peers(problem: Problem) -> dict[str, Contender]:
     """What gives the same result, one operator after the other."""
-    batch_norm = _followed(_batch_norm(problem), problem)
-    return {
-        "torchvision": _followed(_torchvision(problem), problem),
-        "timm": _timm(problem),
-        "batch_norm": batch_norm,
-        CUDNN_OFF: _without_cudnn(batch_norm),
-        "detectron2": _followed(_formula(problem), problem),
+    norms = {
+        "torchvision": _module(problem, FrozenBatchNorm2d),
+        "timm": _module(problem, partial(FrozenBatchNormAct2d, apply_act=False)),
+        "batch_norm": _batch_norm(problem),
+        "detectron2": partial(formula, affine=problem.affine),
     }
-
-
-def _without(missing: dict[str, str], made: dict[str, Contender]) -> dict[str, Contender]:
-    return {name: contender for name, contender in made.items() if name not in missing}
+    peers = {name: _followed(norm, problem) for name, norm in norms.items()}
+    if problem.affine.weight.device.type == "cuda":
+        peers[CUDNN_OFF] = _without_cudnn(peers["batch_norm"])
+    return peers
 
 
 def contenders(problem: Problem, *, compiled: bool = False) -> dict[str, Contender]:
     """Ours, the floor, the peers, and what is shown beside them: all out of place."""
-    missing = left_out(problem.affine.weight.device.type, compiled)
-    found = {OURS: _ours(problem), FLOOR: _Floor.apply, **eager_peers(problem)}
-    found[LIVE] = _followed(_batch_norm(problem, live=True), problem)
+    found = {
+        OURS: _with_our_signature(frozen_bn.frozen_batch_norm, problem),
+        FLOOR: _Floor.apply,
+        **eager_peers(problem),
+        LIVE: _followed(_batch_norm(problem, live=True), problem),
+    }
     if compiled:
-        found[COMPILED] = _compiled(_followed(_formula(problem), problem))
-    return _without(missing, found)
+        norm = partial(formula, affine=problem.affine)
+        found[COMPILED] = _compiled(_followed(norm, problem))
+    return found
 
 
 def inplace_contenders(problem: Problem) -> dict[str, Contender]:
     """Ours with ``inplace=True``; the peers, which cannot, with followers in place; mul_, add_."""
-    missing = left_out(problem.affine.weight.device.type, False)
-    peers = eager_peers(replace(problem, inplace_followers=True))
-    found = {OURS: _ours(problem, inplace=True), **peers}
-    found[MUL_ADD_INPLACE] = _mul_add_inplace(problem)
-    if INPLACE_ABN not in missing and problem.dtype == torch.float32:
-        found[INPLACE_ABN] = _inplace_abn(problem)
-    return _without(missing, found)
+    return {
+        OURS: _with_our_signature(frozen_bn.frozen_batch_norm, problem, inplace=True),
+        **eager_peers(replace(problem, inplace_followers=True)),
+        MUL_ADD_INPLACE: _mul_add_inplace(problem),
+    }

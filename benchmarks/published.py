@@ -1,25 +1,48 @@
 """The pictures of the documentation, docs/images/*.png, light and dark: ``python -m
 benchmarks.published``. They are drawn from the tables of docs/results.md: a figure stands in one
-place only.
+place only. Ours is blue, all else grey and named where it is; the two differ in brightness too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .pictures import LIGHT, Theme, Values, bars, curves_of, drawing
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a picture without a background of its own."""
+
+    name: str
+    ink: str
+    quiet: str
+    ours: str
+
+
+LIGHT = Theme("light", ink="#1f2328", quiet="#8c959f", ours="#0072b2")
 DARK = Theme("dark", ink="#e6edf3", quiet="#7d8590", ours="#56b4e9")
+
+#: What a bar is drawn of, by name.
+Values = Mapping[str, float]
+#: Of a curve.
+Points = Sequence[tuple[float, float]]
 
 
 def figures(heading: str, column: str) -> dict[str, float]:
     """A column of the first table below a heading of docs/results.md, by what stands first in each
     row; of cells with several figures the first."""
     page = (DOCS / "results.md").read_text().replace("`", "")
-    section = page[re.search(rf"^#+ {re.escape(heading)}$", page, re.MULTILINE).end() :]  # type: ignore[union-attr]
+    section = page[re.search(rf"^#+ {re.escape(heading)}$", page, re.MULTILINE).end() :]
     table = re.search(r"(^\|.*\n)+", section, re.MULTILINE)
     assert table is not None, heading
     head, _, *body = (
@@ -28,6 +51,75 @@ def figures(heading: str, column: str) -> dict[str, float]:
     place = head.index(column)
     found = {row[0]: re.match(r"[\d.]+", row[place]) for row in body}
     return {name: float(figure[0]) for name, figure in found.items() if figure is not None}
+
+
+@contextmanager
+def drawing(theme: Theme, file: Path, size: tuple[float, float], title: str) -> Iterator[Figure]:
+    """A figure that is saved in the end."""
+    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), theme.ink)
+    ticks = dict.fromkeys(("xtick.color", "ytick.color"), theme.ink)
+    settings: Any = {**ink, **ticks, "font.size": 10.5, "axes.titlesize": 10.5}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+        figure.savefig(file, dpi=200, transparent=True)
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("frozen_bn")
+
+
+def bars(
+    axes: Axes,
+    theme: Theme,
+    values: Values,
+    title: str,
+    form: str = "{:.2f}",
+    *,
+    names: bool = True,
+    hollow: str = "",
+    rows: int | None = None,
+) -> None:
+    """Horizontal bars, each with its name and figure. ``hollow``: the name of what is no contender,
+    but what they are measured by. ``rows``: how many there is room for."""
+    colours = [theme.ours if _is_ours(name) else theme.quiet for name in values]
+    drawn = axes.barh([*values], [*values.values()], 0.68, color=colours)
+    texts = axes.bar_label(drawn, labels=[form.format(v) for v in values.values()], padding=4)
+    for name, bar, text, tick in zip(values, drawn, texts, axes.get_yticklabels(), strict=True):
+        if _is_ours(name):
+            text.set_fontweight("bold")
+            tick.set_fontweight("bold")
+        if name == hollow:
+            bar.set(facecolor="none", edgecolor=theme.quiet, linestyle="--", linewidth=1.2)
+    axes.set_ylim((rows or len(values)) - 0.5, -0.5)
+    axes.margins(x=0.16)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(left=False, labelleft=names, bottom=False, labelbottom=False)
+    axes.set_title(title, loc="left")
+
+
+def curves_of(axes: Axes, theme: Theme, curves: Mapping[str, Points]) -> None:
+    """Lines over logarithmic axes, each with its name at its end."""
+    axes.set(xscale="log", yscale="log")
+    ends = []
+    for name, points in curves.items():
+        ours, floor = _is_ours(name), name.startswith("floor")
+        colour = theme.ours if ours else theme.ink if floor else theme.quiet
+        x, y = zip(*points, strict=True)
+        style = "--" if floor else "-"
+        axes.plot(x, y, style, color=colour, lw=3 if ours else 1.6, marker="o", ms=4 if ours else 3)
+        ends.append((y[-1], x[-1], name, colour))
+    lowest = 0.0
+    for height, x_end, name, colour in sorted(ends):  # far enough apart to be read
+        lowest = max(height, lowest * 1.28)
+        weight = "bold" if _is_ours(name) else "normal"
+        axes.annotate(
+            name, (x_end, lowest), (9, 0), textcoords="offset points", va="center", color=colour,
+            weight=weight, annotation_clip=False,
+        )  # fmt: skip
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _chosen(values: Values, names: Mapping[str, str]) -> dict[str, float]:

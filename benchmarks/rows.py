@@ -1,31 +1,37 @@
-"""What the benchmarks find out, one row a contender; the JSON file of them."""
+"""What the benchmarks find out, one row a contender; the JSON file of them, and the frame that
+tables are made of."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
+from pandas import DataFrame
 
 import frozen_bn
 
 from .cases import Case, Shape
-from .timing import Quantiles, Timing
+from .timing import Rounds, quantiles
+
+Quantiles = dict[str, float]
 
 #: What the rows of one table line have in common.
-Key = tuple[str, str, str, str, Shape, str]
+LINE = ["benchmark", "operation", "dtype", "layout", "shape", "mode"]
 
 
 @dataclass(frozen=True)
 class Row:
     """One contender on one problem. Bytes and launches where they were counted."""
 
-    benchmark: str  # op, overhead, model, memory, roofline, launches
+    benchmark: str  # op, overhead, model, memory, casts, roofline
     operation: str  # or the network
     dtype: str
     layout: str
@@ -42,82 +48,30 @@ class Row:
     unavoidable_bytes: float | None = None
     launches: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)  # flat in the file
-
-    @property
-    def key(self) -> Key:
-        kind = (self.benchmark, self.operation, self.dtype, self.layout)
-        return *kind, self.shape, self.mode
-
-    @property
-    def name(self) -> str:
-        return f"{self.dtype} {self.layout} {self.operation} {'x'.join(map(str, self.shape))}"
-
-    @property
-    def numel(self) -> int:
-        return Case(self.dtype, self.layout, "plain", self.shape).numel
-
-    @property
-    def median(self) -> float:
-        """Seconds a call."""
-        assert self.seconds is not None
-        return self.seconds.median
 
 
 def timed(
-    problem: Sequence[Any], mode: str, timings: dict[str, Timing], role: Callable[[str], str]
+    problem: Sequence[Any], mode: str, rounds: dict[str, Rounds], role: Callable[[str], str]
 ) -> list[Row]:
     """Of contenders that were timed in turns. ``problem``: the first five fields."""
-    ours = [name for name in timings if role(name) == "ours"]
-    floor = next((timing for name, timing in timings.items() if role(name) == "floor"), None)
+    ours = [name for name in rounds if role(name) == "ours"]
+    floor = next((of for name, of in rounds.items() if role(name) == "floor"), None)
     return [
         Row(
             *problem,
             mode=mode,
             contender=name,
             role=role(name),
-            seconds=Quantiles.of(timing.rounds),
-            ratios={own: timings[own].over(timing) for own in ours},
-            over_floor=None if floor is None else timing.over(floor),
+            seconds=quantiles(of),
+            ratios={own: quantiles(rounds[own] / of) for own in ours},
+            over_floor=None if floor is None else quantiles(of / floor),
         )
-        for name, timing in timings.items()
+        for name, of in rounds.items()
     ]
 
 
 def problem_of(benchmark: str, case: Case) -> tuple[str, str, str, str, Shape]:
     return benchmark, case.operation, case.dtype, case.layout, case.shape
-
-
-@dataclass(frozen=True)
-class Line:
-    """The rows of one table line: all contenders on one problem in one mode, by name."""
-
-    key: Key
-    rows: dict[str, Row]
-
-    @property
-    def first(self) -> Row:
-        return next(iter(self.rows.values()))
-
-    def of(self, role: str) -> list[Row]:
-        return [row for row in self.rows.values() if row.role == role]
-
-    @property
-    def fastest_peer(self) -> Row:
-        return min(self.of("peer"), key=lambda row: row.median)
-
-    @property
-    def floor(self) -> Row:
-        (floor,) = self.of("floor")
-        return floor
-
-
-def lines(rows: Iterable[Row], benchmark: str, mode: str | None = None) -> list[Line]:
-    found: dict[Key, dict[str, Row]] = {}
-    for row in rows:
-        if row.benchmark == benchmark and mode in (None, row.mode):
-            found.setdefault(row.key, {})[row.contender] = row
-    return [Line(key, of) for key, of in found.items()]
 
 
 def _cpu() -> str:
@@ -150,26 +104,23 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def save(rows: Iterable[Row], file: Path) -> None:
-    """A JSON list of flat objects, one a line."""
-
-    def record(row: Row) -> str:
-        content = asdict(row)
-        return json.dumps(content.pop("environment") | content)
-
-    file.write_text("[\n" + ",\n".join(map(record, rows)) + "\n]\n")
+def save(rows: Iterable[Row], about: dict[str, Any], file: Path) -> None:
+    """A JSON list of objects, one a line, each with what ``about`` says of all."""
+    file.write_text("[\n" + ",\n".join(json.dumps(about | asdict(row)) for row in rows) + "\n]\n")
 
 
-def load(file: Path) -> list[Row]:
-    def quantiles(figures: dict[str, float] | None) -> Quantiles | None:
-        return None if figures is None else Quantiles(**figures)
-
-    rows = []
-    for record in json.loads(file.read_text()):
-        own = {f.name: record.pop(f.name) for f in fields(Row) if f.name != "environment"}
-        own["shape"] = tuple(own["shape"])
-        for name in ("seconds", "over_floor"):
-            own[name] = quantiles(own[name])
-        own["ratios"] = {name: Quantiles(**figures) for name, figures in own["ratios"].items()}
-        rows.append(Row(**own, environment=record))
+def load(file: Path) -> DataFrame:
+    """What ``save`` wrote. Quantiles are columns: ``seconds.median``, ``ratios.frozen_bn.q80``.
+    ``name`` and ``numel`` are added."""
+    rows = pandas.json_normalize(json.loads(file.read_text()))
+    rows["shape"] = rows["shape"].map(tuple)
+    rows["numel"] = rows["shape"].map(math.prod)
+    size = rows["shape"].map(lambda shape: "x".join(map(str, shape)))
+    rows["name"] = rows["dtype"] + " " + rows["layout"] + " " + rows["operation"] + " " + size
     return rows
+
+
+def fastest_peers(rows: DataFrame) -> DataFrame:
+    """One a line."""
+    peers = rows[rows["role"] == "peer"]
+    return peers.loc[peers.groupby(LINE, sort=False)["seconds.median"].idxmin()]

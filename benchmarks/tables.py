@@ -1,211 +1,164 @@
-"""The rows as tables: on the terminal, and in Markdown."""
+"""The rows of a run as tables in Markdown."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
+import numpy
+from pandas import DataFrame, Series, concat
 
-from . import model_peers, peers
-from .rows import Line, Row, lines
-from .timing import Quantiles
+from .cases import SIZES
+from .model_peers import DELETED, FUSED
+from .peers import OURS
+from .rows import fastest_peers
+
+#: A title, and cells of text; the index is the first column.
+Table = tuple[str, DataFrame]
 
 MIB = 2**20
+#: Times of a layer are shown in these.
+UNITS = {"op": (1e-3, "ms"), "overhead": (1e-6, "us")}
 
 
-@dataclass
-class Table:
-    """Cells may have more than one line. The first column is text, the others are figures."""
-
-    title: str
-    headings: Sequence[str]
-    cells: list[Sequence[str]] = field(default_factory=list)
-
-    def rich(self) -> RichTable:
-        title = Text(self.title)
-        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-        for position, heading in enumerate(self.headings):
-            justify = "right" if position else "left"
-            table.add_column(Text(heading), justify=justify, no_wrap=bool(position))
-        for row in self.cells:
-            table.add_row(*map(Text, row))
-        return table
-
-    def markdown(self) -> str:
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("\n", "<br>") for cell in cells) + " |"
-
-        rule = "|---|" + "---:|" * (len(self.headings) - 1)
-        body = [line(row) for row in self.cells]
-        return "\n".join([f"**{self.title}**", "", line(self.headings), rule, *body, ""])
+def markdown(table: Table) -> str:
+    title, cells = table
+    align = ("left", *("right" for _ in cells.columns))
+    text = cells.to_markdown(colalign=align, disable_numparse=True)
+    return f"**{title}**\n\n{text}"
 
 
-def spread(ratio: Quantiles) -> str:
-    return f"{ratio.median:.2f} ({ratio.q20:.2f}-{ratio.q80:.2f})"
+def spread(rows: DataFrame, figure: str, unit: float = 1.0) -> Series:
+    """The median of a figure, its 20 % and its 80 % quantile; ``-`` where there are none."""
+    columns = [f"{figure}.{part}" for part in ("median", "q20", "q80")]
+    figures = rows.reindex(columns=columns).to_numpy(float) / unit
+    cells = [f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in figures]
+    return Series(cells, rows.index).where(~numpy.isnan(figures[:, 0]), "-")
 
 
-def _time(seconds: Quantiles, unit: float) -> str:
-    low, middle, high = (
-        f"{figure / unit:.{0 if figure / unit >= 1000 else 2}f}"
-        for figure in (seconds.q20, seconds.median, seconds.q80)
-    )
-    return f"{middle}\n{low}-{high}"
+def rounded(figures: Series, form: str = "{:.2f}") -> Series:
+    return figures.astype(float).map(form.format).where(figures.notna(), "-")
 
 
-def _of_row(row: Row, unit: float) -> str:
-    """The time, and below it, of others, ours as a multiple of it."""
-    assert row.seconds is not None
-    if row.role == "ours":
-        return _time(row.seconds, unit)
-    return f"{_time(row.seconds, unit).splitlines()[0]}\n{spread(row.ratios[peers.OURS])}"
+def mib(figures: Series) -> Series:
+    return rounded(figures / MIB, "{:.1f}")
 
 
-def layer_table(benchmark: str, mode: str, found: Sequence[Line]) -> Table:
-    """A line a case. ``benchmark``: op or overhead."""
-    unit, word = (1e-3, "ms") if benchmark == "op" else (1e-6, "us")
-    columns = list(dict.fromkeys(name for line in found for name in line.rows))
+def by_contender(rows: DataFrame, cells: Series) -> DataFrame:
+    """A line of cells for each name, a column for each contender, as they come."""
+    table = rows.assign(cells=cells).pivot(index="name", columns="contender", values="cells")
+    table = table.reindex(index=rows["name"].unique(), columns=rows["contender"].unique())
+    return table.fillna("-").rename_axis("layer")
+
+
+def layer_table(benchmark: str, mode: str, rows: DataFrame) -> Table:
+    unit, word = UNITS[benchmark]
     title = (
-        f"{benchmark}, {mode}: measured, median {word}; below it, of frozen_bn its 20-80 % "
-        "quantiles, of others frozen_bn's time over theirs in the same round, with quantiles"
+        f"{benchmark}, {mode}: measured, median {word}; of frozen_bn with its 20-80 % quantiles, "
+        "of others with frozen_bn's time over theirs in the same round, and quantiles"
     )
-    table = Table(title, ("layer", *columns, f"{peers.OURS} / fastest peer"))
-    for line in found:
-        best = line.fastest_peer
-        cells = [_of_row(line.rows[n], unit) if n in line.rows else "-" for n in columns]
-        ratio = f"{spread(best.ratios[peers.OURS])}\n{best.contender}"
-        table.cells.append((line.first.name, *cells, ratio))
-    return table
+    ratio = spread(rows, f"ratios.{OURS}")
+    cells = rounded(rows["seconds.median"] / unit) + ", " + ratio
+    table = by_contender(rows, cells.mask(rows["role"] == "ours", spread(rows, "seconds", unit)))
+    best = fastest_peers(rows).set_index("name")
+    table[f"{OURS} / fastest peer"] = spread(best, f"ratios.{OURS}") + ", " + best["contender"]
+    return title, table
 
 
-def model_table(found: Sequence[Line]) -> Table:
-    """Of one network: a line a contender, both modes side by side."""
-    first = found[0].first
-    size = "x".join(map(str, first.shape))
-    headings = ["contender"]
-    for line in found:
-        headings += [f"{line.first.mode} ms", "/ BN deleted", f"{model_peers.FUSED} / this"]
-    where = f"{first.operation} {size}, {first.dtype}, {first.layout}"
-    title = f"{where}: measured, medians, 20-80 % quantiles"
-    table = Table(title, headings)
-    for name in found[0].rows:
-        cells = []
-        for row in (line.rows[name] for line in found):
-            assert row.seconds is not None and row.over_floor is not None
-            time = _time(row.seconds, 1e-3).replace("\n", " (") + ")"
-            cells += [time, spread(row.over_floor), spread(row.ratios[model_peers.FUSED])]
-        table.cells.append((name, *cells))
-    return table
+def summary_table(rows: DataFrame) -> Table:
+    kind = ["mode", "dtype", "layout"]
 
+    def means(of: DataFrame, figure: str) -> Series:
+        figures = of.set_index(kind).filter(regex=f"^{figure}[.](median|q20|q80)$")
+        return spread(numpy.exp(numpy.log(figures).groupby(kind, sort=False).mean()), figure)
 
-def memory_tables(rows: Iterable[Row]) -> list[Table]:
-    """One of the layers, with a line a case, and one for each network."""
-    tables = []
-    found = lines(rows, "memory", "full")
-    if found:
-        title = (
-            "memory of a layer: measured, MiB saved for the backward pass (what else is kept of "
-            "the input counts), below it how far memory rises, forward and backward"
-        )
-        layers = Table(title, ("layer", *found[0].rows))
-        for line in found:
-            cells = (f"{_mib(r.saved_bytes)}\n{_mib(r.peak_bytes)}" for r in line.rows.values())
-            layers.cells.append((line.first.name, *cells))
-        tables.append(layers)
-    for line in lines(rows, "memory", "step"):
-        size = "x".join(map(str, line.first.shape))
-        first = line.first
-        title = f"memory of {first.operation} {size}, {first.dtype}, {first.layout}: measured"
-        headings = ("contender", "saved MiB", "/ BN deleted", "peak of a step, MiB", "/ BN deleted")
-        table = Table(title, headings)
-        floor = line.floor
-        for name, row in line.rows.items():
-            ratios = [
-                f"{mine / base:.3f}" if mine and base else "-"
-                for mine, base in (
-                    (row.saved_bytes, floor.saved_bytes),
-                    (row.peak_bytes, floor.peak_bytes),
-                )
-            ]
-            saved, peak = _mib(row.saved_bytes), _mib(row.peak_bytes)
-            table.cells.append((name, saved, ratios[0], peak, ratios[1]))
-        tables.append(table)
-    return tables
-
-
-def cast_tables(rows: Iterable[Row]) -> list[Table]:
-    """One for each network."""
-    tables = []
-    for line in lines(rows, "casts"):
-        first, size = line.first, "x".join(map(str, line.first.shape))
-        title = (
-            f"casts in a step of {first.operation} {size}, {first.dtype}, {first.layout}: counted, "
-            "but for vectors; operators that are given two dtypes"
-        )
-        table = Table(title, ("contender", "casts", "MiB read and written", "two dtypes"))
-        for name, row in line.rows.items():
-            found = row.details
-            mib = _mib(found["cast_bytes"])
-            table.cells.append((name, str(found["casts"]), mib, str(found["mixed"])))
-        tables.append(table)
-    return tables
-
-
-def _mib(figure: int | None) -> str:
-    return "-" if figure is None else f"{figure / MIB:.1f}"
-
-
-def summary_table(rows: Sequence[Row]) -> Table | None:
-    """Geometric means by mode, dtype and layout, over operations and shapes."""
-    groups: dict[tuple[str, str, str], list[Line]] = {}
-    for line in lines(rows, "op"):
-        first = line.first
-        groups.setdefault((first.mode, first.dtype, first.layout), []).append(line)
-    if not groups:
-        return None
     title = "op: geometric means over layers of measured ratios of frozen_bn's time (quantiles)"
-    table = Table(title, ("mode, dtype, layout", "layers", "/ floor", "/ fastest peer"))
-    for (mode, *kind), found in groups.items():
-        with_floor = [line.floor.ratios[peers.OURS] for line in found if line.of("floor")]
-        best = [line.fastest_peer.ratios[peers.OURS] for line in found]
-        floor = spread(geometric_mean(with_floor)) if with_floor else "-"
-        name = f"{mode} {' '.join(kind)}"
-        table.cells.append((name, str(len(found)), floor, spread(geometric_mean(best))))
-    return table
+    ours = rows[rows["contender"] == OURS]
+    columns = {
+        "how many": ours.groupby(kind, sort=False).size().astype(str),
+        "/ floor": means(ours, "over_floor"),
+        "/ fastest peer": means(fastest_peers(rows), f"ratios.{OURS}"),
+    }
+    table = DataFrame(columns)
+    return title, table.set_axis([" ".join(names) for names in table.index]).rename_axis("layers")
 
 
-def geometric_mean(ratios: Sequence[Quantiles]) -> Quantiles:
-    """Also of each quantile."""
+def bandwidth_table(rows: DataFrame) -> Table:
+    """All that has to be moved, over the time."""
+    rows = rows[rows["unavoidable_bytes"].notna()]
+    rows = rows.assign(name=rows["mode"] + " " + rows["name"])
+    reached = rows["unavoidable_bytes"] / rows["seconds.median"] / 1e9
+    title = "op: measured, the unavoidable bytes over the median time, GB/s"
+    return title, by_contender(rows, rounded(reached, "{:.0f}"))
 
-    def mean(figures: list[float]) -> float:
-        return math.exp(math.fsum(map(math.log, figures)) / len(figures))
 
-    return Quantiles(
-        *(mean([getattr(r, name) for r in ratios]) for name in ("median", "q20", "q80"))
+def size_table(rows: DataFrame) -> Table:
+    """Of the layers that differ in nothing else."""
+    rows = rows[rows["shape"].isin(SIZES) & rows["mode"].isin(("full", "no-grad"))]
+    rows = rows.assign(name=rows["mode"] + ", elements: " + rows["numel"].astype(str))
+    times = rounded(rows["seconds.median"] / rows["numel"] * 1e9, "{:.3f}")
+    return "op: measured, median ns an element", by_contender(rows, times)
+
+
+def network_table(name: str, rows: DataFrame) -> Table:
+    """A line a contender, the modes side by side."""
+    sides = []
+    for mode, of_mode in rows.groupby("mode", sort=False):
+        of = of_mode.set_index("contender")
+        columns = {
+            f"{mode} ms": spread(of, "seconds", 1e-3),
+            f"/ {DELETED}": spread(of, "over_floor"),
+            f"{FUSED} / this": spread(of, f"ratios.{FUSED}"),
+        }
+        sides.append(DataFrame(columns))
+    return f"{name}: measured, medians, 20-80 % quantiles", concat(sides, axis=1)
+
+
+def casts_table(name: str, rows: DataFrame) -> Table:
+    title = f"casts in a step of {name}: counted, but for vectors; operators given two dtypes"
+    of = rows.set_index("contender")
+    columns = {
+        "casts": rounded(of["details.casts"], "{:.0f}"),
+        "MiB read and written": mib(of["details.cast_bytes"]),
+        "two dtypes": rounded(of["details.mixed"], "{:.0f}"),
+    }
+    return title, DataFrame(columns)
+
+
+def layer_memory_table(rows: DataFrame) -> Table:
+    title = (
+        "memory of a layer: measured, MiB saved for the backward pass (what else is kept of the "
+        "input counts), and how far memory rises, forward and backward"
     )
+    return title, by_contender(rows, mib(rows["saved_bytes"]) + ", " + mib(rows["peak_bytes"]))
 
 
-def measured_tables(rows: Sequence[Row]) -> list[Table]:
+def network_memory_table(name: str, rows: DataFrame) -> Table:
+    of = rows.set_index("contender")
+    columns = {}
+    for what, heading in (("saved_bytes", "saved MiB"), ("peak_bytes", "peak of a step, MiB")):
+        columns[heading] = mib(of[what])
+        columns[f"{heading} / {DELETED}"] = rounded(of[what] / of[what][DELETED], "{:.3f}")
+    return f"memory of {name}: measured", DataFrame(columns)
+
+
+def measured(rows: DataFrame) -> Iterator[Table]:
     """All that was measured, in the order in which one reads it."""
-    tables = []
-    for benchmark in ("overhead", "op"):
-        modes = dict.fromkeys(row.mode for row in rows if row.benchmark == benchmark)
-        for mode in modes:
-            tables.append(layer_table(benchmark, mode, lines(rows, benchmark, mode)))
-    if (summary := summary_table(rows)) is not None:
-        tables.append(summary)
-    networks: dict[tuple[object, ...], list[Line]] = {}
-    for line in lines(rows, "model"):
-        networks.setdefault(line.key[:-1], []).append(line)
-    tables += [model_table(found) for found in networks.values()]
-    return tables + cast_tables(rows) + memory_tables(rows)
-
-
-def wide_console() -> Console:
-    """Wide enough for all tables where the output is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=220, highlight=False)
+    for benchmark in UNITS:
+        of_benchmark = rows[rows["benchmark"] == benchmark]
+        for mode, of_mode in of_benchmark.groupby("mode", sort=False):
+            yield layer_table(benchmark, mode, of_mode)
+    of_op = rows[rows["benchmark"] == "op"]
+    if len(of_op):
+        yield summary_table(of_op)
+    if of_op["unavoidable_bytes"].any():
+        yield bandwidth_table(of_op)
+    if of_op["shape"].isin(SIZES).any():
+        yield size_table(of_op)
+    of_layers = (rows["benchmark"] == "memory") & (rows["mode"] == "full")
+    if of_layers.any():
+        yield layer_memory_table(rows[of_layers])
+    of_networks = {"model": network_table, "casts": casts_table, "memory": network_memory_table}
+    for benchmark, table in of_networks.items():
+        of_benchmark = rows[(rows["benchmark"] == benchmark) & ~of_layers]
+        for name, of_network in of_benchmark.groupby("name", sort=False):
+            yield table(name, of_network)

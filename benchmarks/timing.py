@@ -8,16 +8,20 @@ import gc
 import math
 import multiprocessing
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy
 import torch
 
 Call = Callable[[], object]
+#: Seconds per call of one contender, one figure a round. Divided by another's, they are ratios of
+#: the same round: steadier than the ratio of the medians where the machine's speed drifts.
+Rounds = numpy.ndarray
 Result = TypeVar("Result")
 
 #: A round calls a contender as often as it takes to fill this.
@@ -33,67 +37,26 @@ class Plan:
     max_rounds: int
 
 
-@dataclass(frozen=True)
-class Quantiles:
+def quantiles(figures: Rounds) -> dict[str, float]:
     """The middle of some figures, and their 20 % and 80 % quantiles."""
-
-    median: float
-    q20: float
-    q80: float
-
-    @staticmethod
-    def of(figures: Iterable[float]) -> Quantiles:
-        figures = list(figures)
-        low, *_, high = statistics.quantiles(figures, n=5, method="inclusive")
-        return Quantiles(statistics.median(figures), low, high)
-
-    def inverse(self) -> Quantiles:
-        return Quantiles(1 / self.median, 1 / self.q80, 1 / self.q20)
+    found = numpy.quantile(figures, (0.5, 0.2, 0.8)).tolist()
+    return dict(zip(("median", "q20", "q80"), found, strict=True))
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call of one contender: one figure a round."""
-
-    rounds: tuple[float, ...]
-
-    def over(self, other: Timing) -> Quantiles:
-        """This one's time over the other's in the same round: steadier than the ratio of the
-        medians where the machine's speed drifts."""
-        return Quantiles.of(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
-
-
-class OtherLoad:
-    """Which share of the machine's CPU time other processes took since this was made.
-
-    With two cores and torch's spinning threads a few per cent make the figures worthless.
-    """
-
-    def __init__(self) -> None:
-        self._start = self._used()
-
-    @staticmethod
-    def _used() -> tuple[float, float] | None:
-        """CPU seconds taken by other processes (or the hypervisor), and those there were."""
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return None
-        ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        total = sum(ticks) / os.sysconf("SC_CLK_TCK")
-        idle = (ticks[3] + ticks[4]) / os.sysconf("SC_CLK_TCK")
-        own = os.times()
-        return total - idle - sum(own[:4]), total  # with the forks'
-
-    def share(self) -> float | None:
-        """Between 0 and 1; ``None`` where the system does not tell."""
-        end = self._used()
-        if self._start is None or end is None or end[1] == self._start[1]:
-            return None
-        return max(0.0, (end[0] - self._start[0]) / (end[1] - self._start[1]))
+def cpu_seconds() -> tuple[float, float]:
+    """Those that other processes (or the hypervisor) took so far, and those there were; no numbers
+    where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return math.nan, math.nan
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    total, idle = (n / os.sysconf("SC_CLK_TCK") for n in (sum(ticks), ticks[3] + ticks[4]))
+    return total - idle - sum(os.times()[:4]), total  # own ones with the forks'
 
 
 def apart(function: Callable[[], Result], device: torch.device) -> Result:
-    """What ``function`` returns or raises, run in a fork of this process if it is for the CPU.
+    """What ``function`` (to be pickled) returns or raises, run in a fork of this process if it is
+    for the CPU.
 
     Every fork finds the heap as it was, so that no row depends on the rows before it: where an
     earlier one has left a large hole, an output fits in there and skips the page faults that it
@@ -103,27 +66,8 @@ def apart(function: Callable[[], Result], device: torch.device) -> Result:
     """
     if device.type != "cpu" or torch.cuda.is_available() or not hasattr(os, "fork"):
         return function()
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def work() -> None:
-        try:
-            sender.send((function(), None))
-        except BaseException as error:
-            sender.send((None, error))
-
-    process = context.Process(target=work)
-    process.start()
-    sender.close()
-    try:
-        result, error = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the fork died with exit code {process.exitcode}") from None
-    process.join()
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as fork:
+        return fork.submit(function).result()
 
 
 def settle_allocator() -> None:
@@ -163,7 +107,7 @@ def peak_bytes(program: Call, device: torch.device) -> int:
 def _seconds(call: Call, repetitions: int, device: torch.device) -> float:
     """Per call; the results are freed between calls. On CUDA, between two events on the stream."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(repetitions):
             call()
@@ -191,7 +135,7 @@ def _order(names: list[str], round: int) -> list[str]:
     return rotated[::-1] if round % 2 else rotated
 
 
-def measure(calls: dict[str, Call], plan: Plan, device: torch.device) -> dict[str, Timing]:
+def measure(calls: dict[str, Call], plan: Plan, device: torch.device) -> dict[str, Rounds]:
     """Times every contender once a round, on a rotating order.
 
     Each turn begins with a call that is not timed, so that a contender finds the pages that it
@@ -212,4 +156,4 @@ def measure(calls: dict[str, Call], plan: Plan, device: torch.device) -> dict[st
                 times[name].append(_seconds(calls[name], repetitions[name], device))
     finally:
         gc.enable()
-    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+    return {name: numpy.array(seconds) for name, seconds in times.items()}

@@ -3,11 +3,10 @@ measured on a GPU."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,11 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from frozen_bn.checks import Statistics
 from frozen_bn.pair import frozen_batch_norm_pair
 
 from . import cases, peers
-from .cases import DTYPES, LAYOUTS, PAIR, Affine, Case, Contender, Problem, Setup, Shape
+from .cases import DTYPES, PAIR, Case, Contender, Problem, Setup, Shape, random_affine
 
 #: Layers of ResNet-50 and Mask R-CNN.
 SHAPES: tuple[Shape, ...] = (
@@ -73,10 +71,9 @@ class Emulated:
     shape: Shape
     activations: int  # sectors of the activations and the mask
     accessed: int  # bytes of those that threads load and store, over and again if they do
+    requested: int  # their sectors, one access at a time: what the L1 cache is asked
     vectors: int  # [C] and [k, C] tensors, as small as they are, once a launch: DRAM's share
     partial_sums: int  # written and read back
-    all_sectors: int  # of every tensor: what the L2 cache is asked for
-    requested: int  # sectors of the activations, one access at a time: what the L1 cache is asked
     instructions: int  # of PTX, summed over threads
     narrow: int  # activation elements that were not moved in 16-byte accesses
     launches: int
@@ -94,11 +91,6 @@ class Emulated:
         elements = math.prod(shape) / self.numel
         channels = shape[1] / self.shape[1]
         return (self.activations + self.partial_sums) * elements + self.vectors * channels
-
-
-def pair_cases(shapes: Iterable[Shape]) -> list[Case]:
-    """Every dtype and layout on every shape."""
-    return [Case(*kind, PAIR, s) for s in shapes for kind in itertools.product(DTYPES, LAYOUTS)]
 
 
 def unavoidable_bytes(case: Case, which: Pass, shape: Shape) -> int:
@@ -128,15 +120,12 @@ def contenders(problem: Problem) -> dict[str, Contender]:
         made = peers.contenders(problem)
         return {name: made[name] for name in (peers.OURS, *COUNTED)}
     device = problem.affine.weight.device
-    other = Affine.random(problem.affine.weight.numel(), device)
+    other = random_affine(problem.affine.weight.numel(), device)
     sums = peers.eager_peers(replace(problem, operation="residual+relu"))
     branches = peers.eager_peers(replace(problem, affine=other, operation="plain"))
-    statistics = [Statistics(*vars(a).values(), peers.EPS) for a in (problem.affine, other)]
 
     def ours(input: Tensor, residual: Tensor) -> Tensor:
-        return frozen_batch_norm_pair(
-            input, statistics[0], residual, statistics[1], activation="relu"
-        )
+        return frozen_batch_norm_pair(input, problem.affine, residual, other, activation="relu")
 
     def composed(name: str) -> Contender:
         return lambda input, residual: sums[name](input, branches[name](residual, None))
@@ -166,41 +155,37 @@ def _counting(emulator: Any) -> Iterator[list[Any]]:
         emulator.launches.clear()
 
 
-def _summarise(case: Case, shape: Shape, launches: Iterable[Any]) -> Emulated:
+def _summarise(case: Case, shape: Shape, launches: Sequence[Any]) -> Emulated:
     """``launches``: the emulator's Counters of one pass."""
     sectors: Counter[str] = Counter()
     requested: Counter[str] = Counter()
     moved: Counter[str] = Counter()
-    narrow = instructions = number = vectors = 0
+    narrow = vectors = 0
     rows = 5 if case.operation == PAIR else 4
     vector_sizes = dict.fromkeys(VECTORS, 4 * shape[1]) | {"coefficients": 4 * rows * shape[1]}
-    itemsize = DTYPES[case.dtype].itemsize
     for launch in launches:
-        number += 1
-        instructions += launch.instructions
-        for (region, _), count in launch.requested.items():
-            requested[region] += SECTOR * count
         touched: Counter[str] = Counter()
         for (region, _), count in launch.sectors.items():
-            sectors[region] += SECTOR * count
             touched[region] += SECTOR * count
+        sectors += touched
         vectors += sum(min(n, vector_sizes.get(region, 0)) for region, n in touched.items())
+        for (region, _), count in launch.requested.items():
+            requested[region] += SECTOR * count
         for (region, _, width), threads in launch.accesses.items():
             moved[region] += threads * width
             if region in WITH_VALUES and width < VECTOR:
-                narrow += threads * width // itemsize
+                narrow += threads * width // DTYPES[case.dtype].itemsize
     known = ACTIVATIONS | vector_sizes.keys()
     return Emulated(
         shape,
-        sum(sectors[name] for name in ACTIVATIONS),
-        sum(moved[name] for name in ACTIVATIONS),
-        vectors,
-        sum(n for region, n in moved.items() if region not in known),
-        sectors.total(),
-        sum(requested[name] for name in ACTIVATIONS),
-        instructions,
-        narrow,
-        number,
+        activations=sum(sectors[name] for name in ACTIVATIONS),
+        accessed=sum(moved[name] for name in ACTIVATIONS),
+        requested=sum(requested[name] for name in ACTIVATIONS),
+        vectors=vectors,
+        partial_sums=sum(n for region, n in moved.items() if region not in known),
+        instructions=sum(launch.instructions for launch in launches),
+        narrow=narrow,
+        launches=len(launches),
     )
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks, on tiny cases: what they save, print and draw, and what counts as worse."""
+"""The benchmarks, on tiny cases: what they save and print, and what counts as worse."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import copy
 import json
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
 tool = pytest.importorskip(
     "benchmarks.__main__",
-    reason="needs rich, timm and matplotlib, and the repository's root as cwd",
+    reason="needs pandas and timm, and the repository's root as cwd",
 )
 from torchvision.models.resnet import BasicBlock  # noqa: E402
 
-from benchmarks import cases, compare, model, model_peers, op, peers, pictures, rows, targets  # noqa: E402
-from benchmarks.timing import Plan, Quantiles, Timing  # noqa: E402
+from benchmarks import cases, compare, model, model_peers, op, peers, rows  # noqa: E402
+from benchmarks.timing import Plan  # noqa: E402
 
 CASE = cases.Case("fp32", "contiguous", "residual+relu", (1, 8, 4, 4))
 SETTINGS = op.Settings(torch.device("cpu"), Plan(0.01, 3, 3), compiled=False)
@@ -42,18 +43,32 @@ def found():
     return op.bench(CASE, SETTINGS)
 
 
+ABOUT = rows.environment("cpu") | {"inplace_followers": False, "other_load": 0.01}
+
+
+def report(found: list[rows.Row], tmp_path) -> str:
+    """What would be printed of them."""
+    rows.save(found, ABOUT, tmp_path / "rows.json")
+    return tool.report(rows.load(tmp_path / "rows.json"), ABOUT, False)
+
+
+def table(text: str, title: str) -> dict[str, dict[str, str]]:
+    """The cells of the table whose title contains the words, by line and column."""
+    part = text[text.index(title) :].split("\n\n")[1]
+    head, _, *lines = ([c.strip() for c in line[1:-1].split("|")] for line in part.splitlines())
+    return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+
+
 @pytest.fixture
 def records(found, tmp_path):
     """As they are in the file."""
     file = tmp_path / "rows.json"
-    about = rows.environment("cpu") | {"inplace_followers": False}
-    rows.save([replace(row, environment=about) for row in found], file)
-    assert [row.key for row in rows.load(file)] == [row.key for row in found]
+    rows.save(found, ABOUT, file)
     return json.loads(file.read_text())
 
 
 def test_every_mode_times_every_contender(found):
-    names = set(op.names(SETTINGS))
+    names = set(peers.names("cpu", compiled=False))
     assert {"torchvision", "timm", "batch_norm", "detectron2", peers.LIVE} < names
     for mode in cases.MODES:
         assert {row.contender for row in found if row.mode == mode} == names
@@ -83,7 +98,7 @@ def test_peers_compute_the_same():
 
 def test_another_result_is_not_timed():
     setup = SETTINGS.setup(CASE)
-    with pytest.raises(AssertionError, match="the output differs"):
+    with pytest.raises(AssertionError, match="Mismatched elements"):
         op.check(setup, lambda input, residual: torch.relu(input + residual))
 
 
@@ -96,17 +111,49 @@ def test_the_modes_of_a_set_up_agree():
     assert all(map(torch.equal, full, backward))
 
 
-def test_in_place_overhead_and_memory():
-    in_place = op.bench_in_place(cases.Case("fp32", "contiguous", "relu", (1, 8, 4, 4)), SETTINGS)
+def test_in_place_overhead_and_memory(tmp_path):
+    small = cases.Case("fp32", "contiguous", "relu", (1, 8, 4, 4))
+    in_place = op.bench(small, SETTINGS, in_place=True)
     assert {row.mode for row in in_place} == {"in place"}
     overhead = op.overhead(SETTINGS)
     assert {row.benchmark for row in overhead} == {"overhead"}
     found = {row.contender: row for row in op.memory(CASE, SETTINGS)}
     nbytes = CASE.numel * 4
     assert found[peers.OURS].saved_bytes < nbytes < found["batch_norm"].saved_bytes
-    everything = in_place + overhead + list(found.values())
-    assert len(tool.measured_tables(everything)) == 8
-    assert targets.verdicts(everything)
+    text = report(in_place + overhead + list(found.values()), tmp_path)
+    titles = ("op, in place", "overhead, no-grad", "overhead, chain of 16", "memory of a layer")
+    for title in titles:
+        assert text.count(f"**{title}") == 1
+    saved = table(text, "memory of a layer")[CASE.name]
+    assert saved["frozen_bn"].startswith("0.0, ") and {"timm", "batch_norm, live"} < saved.keys()
+    assert {
+        "in place: every layer / fastest peer <= 0.333",
+        "overhead, plain, no-grad / batch_norm <= 0.8",
+    } < table(text, "targets").keys()
+
+
+def test_tables_of_known_times(tmp_path):
+    times = {peers.OURS: 2e-3, peers.FLOOR: 1e-3, "torchvision": 8e-3, "batch_norm": 6e-3}
+    rounds = {name: numpy.full(3, time) for name, time in times.items()}
+    made = rows.timed(rows.problem_of("op", CASE), "full", rounds, peers.role)
+    text = report([replace(row, unavoidable_bytes=40_000_000) for row in made], tmp_path)
+    assert [*table(text, "op, full: measured")[CASE.name].values()] == [
+        CASE.name,
+        "2.00 (2.00-2.00)",
+        "1.00, 2.00 (2.00-2.00)",
+        "8.00, 0.25 (0.25-0.25)",
+        "6.00, 0.33 (0.33-0.33)",
+        "0.33 (0.33-0.33), batch_norm",
+    ]
+    assert [*table(text, "geometric means")["full fp32 contiguous"].values()][1:] == [
+        "1",
+        "2.00 (2.00-2.00)",
+        "0.33 (0.33-0.33)",
+    ]
+    assert [*table(text, "GB/s")[f"full {CASE.name}"].values()][1:] == ["20", "40", "5", "7"]
+    promised = table(text, "targets")
+    assert promised["full: every layer / floor <= 1.05"]["missed"] == "1 of 1"
+    assert promised["full: every layer / fastest peer <= 0.909"]["missed"] == "0 of 1"
 
 
 PRECISIONS = [
@@ -123,11 +170,11 @@ class WithLogits(torch.nn.Sequential):
 
 
 def tiny() -> torch.nn.Module:
-    return WithLogits(*model_peers._chain(8, lambda: BasicBlock(8, 8))[:4])
+    return WithLogits(*model_peers._chain(8, BasicBlock, 8, 8)[:4])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_a_network_in_every_precision(precision):
+def test_a_network_in_every_precision(precision, tmp_path):
     workload = model_peers.Workload("tiny", tiny, 1, 8)
     settings = replace(SETTINGS, precision=precision)
     found = model.bench(workload, "channels_last", settings, ("model", "memory"))
@@ -142,10 +189,13 @@ def test_a_network_in_every_precision(precision):
         assert ours == floor
         assert casts[model_peers.TORCHVISION]["mixed"] > floor["mixed"] == 0
         assert casts[model_peers.TORCHVISION]["cast_bytes"] > floor["cast_bytes"]
-    titles = [table.title for table in tool.measured_tables(found)]
-    assert all(str(precision) in title for title in titles)
-    assert sum("casts" in title for title in titles) == bool(casts)
-    assert targets.verdicts(found)
+    text = report(found, tmp_path)
+    name = f"{precision} channels_last tiny 1x3x8x8"
+    for title, heading in ((name, "/ BN deleted"), (f"memory of {name}", "saved MiB")):
+        lines = table(text, f"**{title}: measured")
+        assert lines.keys() == names and heading in lines[model_peers.FUSED]
+    assert (f"**casts in a step of {name}:" in text) == bool(casts)
+    assert f"{name}: step / BN deleted <= 1" in table(text, "targets")
 
 
 def test_the_precision_is_asked_for():
@@ -155,7 +205,7 @@ def test_the_precision_is_asked_for():
         (["--half"], "fp16"),
     ):
         options = tool.arguments(["model", "--quick", *given])
-        ((_, job),) = tool.jobs(options, torch.device("cpu"))
+        ((_, job),) = tool.jobs(options)
         assert str(job.args[2].precision) == name
 
 
@@ -168,12 +218,12 @@ def test_detectron2s_formula_is_the_layer():
 
 
 def test_ratios_are_of_the_same_round():
-    ours, other = Timing((1.0, 2.0, 40.0)), Timing((2.0, 4.0, 80.0))
-    assert ours.over(other) == Quantiles(0.5, 0.5, 0.5)
+    ours, other = numpy.array([1.0, 2.0, 40.0]), numpy.array([2.0, 4.0, 80.0])
     made = rows.timed(("op", "plain", "fp32", "contiguous", (1, 1, 1, 1)), "full",
                       {peers.OURS: ours, peers.FLOOR: other}, peers.role)  # fmt: skip
-    assert made[1].ratios[peers.OURS].median == 0.5
-    assert made[1].over_floor.median == 1 and made[0].over_floor.median == 0.5
+    half = {"median": 0.5, "q20": 0.5, "q80": 0.5}
+    assert made[1].ratios[peers.OURS] == made[0].over_floor == half
+    assert made[0].seconds == {"median": 2.0, "q20": pytest.approx(1.4), "q80": pytest.approx(24.8)}
 
 
 def test_everything_is_written(monkeypatch, tmp_path, capsys):
@@ -183,12 +233,13 @@ def test_everything_is_written(monkeypatch, tmp_path, capsys):
     given = ["op", "--no-compile", "--quick", "--seconds", "0.01", "--json", str(file)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *given])
     tool.main()
-    names = {path.name for path in file.parent.iterdir()}
-    assert names == {"op.json", "op.md", "op-speed.png", "op-roofline.png"}
+    assert {path.name for path in file.parent.iterdir()} == {"op.json", "op.md"}
     output = capsys.readouterr().out
-    assert "frozen_bn / fastest peer" in output and "targets" in output
-    assert "| layer |" in file.with_suffix(".md").read_text()
-    assert pictures.memory(rows.load(file), tmp_path / "none.png") is None
+    assert output.startswith(file.with_suffix(".md").read_text())
+    assert "frozen_bn / fastest peer" in table(output, "op, full: measured")[CASE.name]
+    assert float(table(output, "GB/s")[f"full {sized.name}"]["floor"]) >= 0
+    assert float(table(output, "ns an element")["full, elements: 4096"]["frozen_bn"]) > 0
+    assert "full: every layer / floor <= 1.05" in table(output, "targets")
 
 
 def slower(records: list[dict], factor: float) -> list[dict]:

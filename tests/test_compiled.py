@@ -9,7 +9,7 @@ import pytest
 from frozen_bn.checks import SMOOTH
 
 compiled = pytest.importorskip(
-    "benchmarks.compiled", reason="needs rich, and the repository's root as working directory"
+    "benchmarks.compiled", reason="needs the repository's root as working directory"
 )
 
 ARCHITECTURES = sorted(compiled.MULTIPROCESSORS)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
 from covering import covering
 
 traffic = pytest.importorskip(
-    "benchmarks.traffic", reason="needs rich and torchvision, and the repository's root as cwd"
+    "benchmarks.traffic", reason="needs timm and torchvision, and the repository's root as cwd"
 )
 cases = pytest.importorskip("benchmarks.cases")
 dispatched = pytest.importorskip("benchmarks.dispatched")
@@ -180,6 +181,26 @@ def _peer(name: str, operation: str, dtype: str = "fp32"):
     passes = dispatched.dispatch_peers(case)[name]
     numel, itemsize = math.prod(case.shape), cases.DTYPES[dtype].itemsize
     return {which: (round(p.bytes / numel / itemsize), p) for which, p in passes.items()}
+
+
+@pytest.mark.parametrize("operation", ["plain", "relu", "residual+relu", cases.PAIR])
+def test_cuda_is_given_the_same_operators(operation):
+    """But for the kind of batch normalization. Of the backward pass only a GPU could tell."""
+    case, taken = cases.Case("fp16", "contiguous", operation, (2, 64, 25, 38)), []
+    for device in ("cpu", "cuda"):
+        with dispatched.FakeTensorMode():
+            setup = cases.Setup(case, torch.device(device))
+            for name in traffic.COUNTED:
+                contender = traffic.contenders(setup.problem)[name]
+                with dispatched._Operators() as operators:
+                    contender(setup.input, setup.residual)
+                    found = operators.taken()
+                kinds = [re.sub(r"\w+_batch_norm", "batch_norm", n) for n in found.operators]
+                taken.append((device, name, kinds, found.bytes))
+    half = len(taken) // 2
+    for on_cpu, on_cuda in zip(taken[:half], taken[half:], strict=True):
+        assert on_cpu[1:3] == on_cuda[1:3]
+        assert on_cpu[3] == pytest.approx(on_cuda[3], rel=0.005)  # vectors of batch norm
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
