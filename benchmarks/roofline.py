@@ -33,7 +33,7 @@ float32 constants. timm's FrozenBatchNormAct2d dispatches what torchvision's mod
 pair+relu, the residual is normalized too: by the same kernel, and by a second layer of each peer.
 "Over": sectors of activations over what is unavoidable, every activation once, and a bit an element
 for the ReLU; "instructions": of PTX for a pack of 8 elements; the most of any pass, also with a
-trained affine where there is one. The least time is the bytes over a GPU's peak bandwidth.
+trained affine where there is one.
 """
 
 

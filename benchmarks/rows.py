@@ -113,6 +113,8 @@ def load(file: Path) -> DataFrame:
     """What ``save`` wrote. Quantiles are columns: ``seconds.median``, ``ratios.frozen_bn.q80``.
     ``name`` and ``numel`` are added."""
     rows = pandas.json_normalize(json.loads(file.read_text()))
+    if "seconds.median" not in rows:  # nothing was timed
+        rows["seconds.median"] = math.nan
     rows["shape"] = rows["shape"].map(tuple)
     rows["numel"] = rows["shape"].map(math.prod)
     size = rows["shape"].map(lambda shape: "x".join(map(str, shape)))
