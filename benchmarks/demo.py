@@ -79,6 +79,7 @@ def results(net: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
     return [output, *torch.autograd.grad(cross_entropy(output, labels), [images, *weights])]
 
 
+@torch.no_grad()
 def error(found: Tensor, exact: Tensor) -> float:
     """Relative, in float64."""
     return float((found.double() - exact).norm() / exact.norm())
