@@ -151,10 +151,11 @@ CASES = {
     "timm-mobilenetv3-gelu": timm_case(34, 5, "mobilenetv3_small_050", act_layer="gelu"),
     "transformers-detr": Case(lambda: detr("resnet"), transformers_losses, adamw, 12, 5),
     "transformers-detr-timm": Case(lambda: detr("timm"), transformers_losses, adamw, 20, 20),
-    "transformers-rt_detr": Case(rt_detr, transformers_losses, adamw, 60, 11),
+    "transformers-rt_detr": Case(rt_detr, transformers_losses, adamw, 60, 23),
     "smp-resnet18": unet_case(30, 30, "resnet18"),
-    "smp-efficientnet": unet_case(59, 52, "efficientnet-b0"),
-    "smp-timm-efficientnet": unet_case(59, 43, "timm-efficientnet-b0"),
+    # Whether a sum is of a BatchNorm or of what drop_connect returns shows when it runs.
+    "smp-efficientnet": unet_case(59, 42, "efficientnet-b0"),
+    "smp-timm-efficientnet": unet_case(59, 42, "timm-efficientnet-b0"),
 }
 
 

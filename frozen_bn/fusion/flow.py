@@ -182,6 +182,10 @@ class _Run:
         if isinstance(e, ast.Subscript):
             inside, index = self.object(e.value), self.object(e.slice)
             return self._item(inside, index)
+        if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add | ast.Sub):  # of an index
+            a, b = self.object(e.left), self.object(e.right)
+            if type(a) is int and type(b) is int:
+                return a + b if isinstance(e.op, ast.Add) else a - b
         if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.args:
             inside = self.object(e.args[0])
             if e.func.id == "len" and isinstance(inside, nn.Module):
@@ -281,6 +285,10 @@ class _Run:
                 self.read(other)
                 self.uses.use(value, None)  # not what the steps merge
             return self.uses.chain([*parts(f)], value)
+        owner = getattr(f, "__self__", None) if attribute == "forward" else None
+        if isinstance(owner, nn.Module) and steps.is_sequential(type(owner)) and args:
+            self.uses.use(self.uses.chain([*parts(owner)], self.value(args[0])), None)
+            return _NONE
         if isinstance(f, MethodType | FunctionType | ast.FunctionDef) and self._is_followed(f):
             return self.follow(f, tuple(map(self.value, args)))
         if (f is torch.add or (f is UNKNOWN and attribute in ("add", "add_"))) and not e.keywords:
