@@ -153,3 +153,28 @@ def test_bytes_of_a_storage_saved_twice_count_once():
     convert_frozen_bn(randomize_(net))
     x = torch.randn(2, C, 256, 256)
     assert totals(summary(net, x))[-1] == "saved for backward: 12.0 MiB before, 8.0 MiB now"
+
+
+class Downsampled(nn.Module):
+    """As timm's HRNet calls its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(C, C, 1) for _ in range(3))
+        self.downs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, conv in enumerate(self.convs):
+            x = conv(x) if i == 0 else conv(x) + self.downs[i - 1].forward(x)
+        return x
+
+
+def test_layers_of_a_computed_index_whose_forward_is_called():
+    net, x = convert_frozen_bn(randomize_(Downsampled())), torch.randn(1, C, 5, 5)
+    for told in (summary(net), summary(net, x)):
+        states = {name: state for name, (_, state) in rows(told).items() if "downs" in name}
+        assert states == dict.fromkeys(
+            ("downs.0.1", "downs.1.1"), "frozen, merged with relu, in place"
+        )
