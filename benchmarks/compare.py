@@ -18,11 +18,11 @@ from pandas import DataFrame, concat
 
 from . import rows
 from .tables import spread
+from .timing import QUANTILES
 
 LINE = [*rows.LINE, "device", "threads"]
 CONDITIONS = ("machine", "cpu_level", "torch", "python", "inplace_followers")
 TOLERANCE = 0.1
-PARTS = ("median", "q20", "q80")
 
 
 def ratios(timed: DataFrame) -> DataFrame:
@@ -30,7 +30,7 @@ def ratios(timed: DataFrame) -> DataFrame:
     best = rows.fastest_peers(timed).set_index(LINE)
     found = []
     for name in timed.loc[timed["role"] == "ours", "contender"].unique():
-        columns = {f"ratios.{name}.{part}": part for part in PARTS}
+        columns = {f"ratios.{name}.{part}": part for part in QUANTILES}
         of_name = best[["contender", *columns]].rename(columns=columns).dropna()
         found.append(of_name.assign(ours=name).set_index("ours", append=True))
     return concat(found)

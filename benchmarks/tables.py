@@ -11,6 +11,7 @@ from .cases import SIZES
 from .model_peers import DELETED, FUSED
 from .peers import OURS
 from .rows import fastest_peers
+from .timing import QUANTILES
 
 #: A title, and cells of text; the index is the first column.
 Table = tuple[str, DataFrame]
@@ -29,7 +30,7 @@ def markdown(table: Table) -> str:
 
 def spread(rows: DataFrame, figure: str, unit: float = 1.0) -> Series:
     """The median of a figure, its 20 % and its 80 % quantile; ``-`` where there are none."""
-    columns = [f"{figure}.{part}" for part in ("median", "q20", "q80")]
+    columns = [f"{figure}.{part}" for part in QUANTILES]
     figures = rows.reindex(columns=columns).to_numpy(float) / unit
     cells = [f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in figures]
     return Series(cells, rows.index).where(~numpy.isnan(figures[:, 0]), "-")
@@ -68,7 +69,7 @@ def summary_table(rows: DataFrame) -> Table:
     kind = ["mode", "dtype", "layout"]
 
     def means(of: DataFrame, figure: str) -> Series:
-        figures = of.set_index(kind).filter(regex=f"^{figure}[.](median|q20|q80)$")
+        figures = of.set_index(kind).filter(regex=f"^{figure}[.]({'|'.join(QUANTILES)})$")
         return spread(numpy.exp(numpy.log(figures).groupby(kind, sort=False).mean()), figure)
 
     title = "op: geometric means over layers of measured ratios of frozen_bn's time (quantiles)"

@@ -24,6 +24,9 @@ Call = Callable[[], object]
 Rounds = numpy.ndarray
 Result = TypeVar("Result")
 
+#: What is told of the figures of all rounds.
+QUANTILES = {"median": 0.5, "q20": 0.2, "q80": 0.8}
+
 #: A round calls a contender as often as it takes to fill this.
 _ROUND_SECONDS = 0.02
 
@@ -39,8 +42,8 @@ class Plan:
 
 def quantiles(figures: Rounds) -> dict[str, float]:
     """The middle of some figures, and their 20 % and 80 % quantiles."""
-    found = numpy.quantile(figures, (0.5, 0.2, 0.8)).tolist()
-    return dict(zip(("median", "q20", "q80"), found, strict=True))
+    found = numpy.quantile(figures, [*QUANTILES.values()]).tolist()
+    return dict(zip(QUANTILES, found, strict=True))
 
 
 def cpu_seconds() -> tuple[float, float]:
