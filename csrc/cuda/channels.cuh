@@ -235,7 +235,7 @@ __device__ void fill(const Params& p, Table& table) {
     const uint32_t run = divide(first + i, p.index.by_inner);
     const uint32_t sample = divide(run, p.index.by_channels);
     const uint32_t channel = run - sample * p.index.by_channels.divisor;
-    const bool occurs = sample == 0 && run * p.index.by_inner.divisor == first + i;
+    const bool occurs = channel * p.index.by_inner.divisor == first + i;
     table.put(i, find_channel(p, channel, blockIdx.y == 0 && occurs));
   }
   __syncthreads();
