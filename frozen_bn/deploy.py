@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 from . import activations
 from .checks import fail
 from .fusion.classes import only_holds, unfuse
-from .fusion.flow import SIZES, Uses, is_free, sole
+from .fusion.flow import uses_in
 from .fusion.fold import Sources, fold, is_normalized_by, is_sharded
+from .fusion.kinds import is_sequential
 from .fusion.source import codes
-from .fusion.steps import is_sequential
+from .fusion.uses import SIZES, is_free, sole
 from .modules import _FrozenBatchNorm
 from .recognise import is_batch_norm
 
@@ -95,7 +96,7 @@ def _owner(root: nn.Module, name: str) -> tuple[str, nn.Module]:
 def convolutions_before(root: nn.Module) -> Found:
     """Of each frozen layer in ``root`` the convolution whose output is its input, always, and read
     by nothing else; or why there is none."""
-    uses = Uses(root)
+    uses = uses_in(root)
     names = {module: name for name, module in root.named_modules()}
     places = Counter(module for _, module in root.named_modules(remove_duplicate=False))
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import frozen_bn
+from frozen_bn.fusion.pending import Merge, recorders
 from frozen_bn.fusion.report import Fate, expected, observed
-from frozen_bn.fusion.steps import Merge, recorders
 
 VECTORS = ["weight", "bias", "running_mean", "running_var"]
 PIECEWISE_LINEAR, SMOOTH = ["relu", "relu6", "leaky_relu"], ["silu", "hardswish"]

@@ -1,4 +1,4 @@
-// What steps.py hands over: its functions and tables, and its objects, which wait to be computed.
+// What steps.py and pending.py hand over: functions, tables, and objects that wait to be computed.
 #pragma once
 
 #include <ATen/core/grad_mode.h>
@@ -12,7 +12,7 @@
 
 namespace frozen_bn {
 
-// What is taken from steps.py, for as long as the process lives.
+// What is taken from them, for as long as the process lives.
 struct Steps {
   PyObject *call, *value, *settle, *add, *iadd, *compute, *finish, *seen;  // in Python
   PyObject *convolve, *normalize, *activate;                               // handlers
@@ -138,18 +138,18 @@ inline bool find_slots(PyObject* kind, std::initializer_list<NamedSlot> slots) {
   return true;
 }
 
-// bind_steps(what steps.py has): see Steps.
+// bind_steps(what they have): see Steps.
 inline PyObject* bind_steps(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Steps& s = steps();
   PyObject *convolution = nullptr, *normalized = nullptr;
   const Named taken[] = {
       {"_call", &s.call},
-      {"_value", &s.value},
-      {"_settle", &s.settle},
+      {"value", &s.value},
+      {"settle", &s.settle},
       {"_add", &s.add},
       {"_iadd", &s.iadd},
-      {"_compute", &s.compute},
-      {"_finish", &s.finish},
+      {"compute", &s.compute},
+      {"finish", &s.finish},
       {"_watched", &s.seen},
       {"_convolve", &s.convolve},
       {"_normalize", &s.normalize},
@@ -159,7 +159,7 @@ inline PyObject* bind_steps(PyObject*, PyObject* const* objects, Py_ssize_t coun
       {"of_module", &s.of_module},
       {"recorders", &s.recorders},
       {"Module", &s.module},
-      {"_module_call", &s.module_call},
+      {"MODULE_CALL", &s.module_call},
       {"_call_impl", &s.call_impl},
       {"Conv2d", &s.conv2d_class},
       {"functions", &s.functions},

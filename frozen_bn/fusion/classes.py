@@ -17,7 +17,9 @@ from torch import fx, nn
 
 from ..modules import _FrozenBatchNorm
 from . import steps
-from .rewrite import Path, Rewritten, rewrite
+from .kinds import SEQUENTIAL, is_sequential
+from .names import Path
+from .rewrite import Rewritten, rewrite
 from .source import LeftAlone, build
 
 _lock = threading.RLock()
@@ -108,7 +110,7 @@ def _rewritten(written: type) -> tuple[dict[str, Rewritten], dict[str, str]]:
         try:
             found = (
                 _sequential(written)
-                if function is steps.SEQUENTIAL
+                if function is SEQUENTIAL
                 else rewrite(function, name, written, steps)
             )
         except LeftAlone as reason:
@@ -129,14 +131,14 @@ def _methods(written: type) -> Iterator[tuple[str, FunctionType]]:
     names -= {*vars(nn.Module)} - {"forward"}
     for name in sorted(names | {"forward"}):
         function = next((vars(k)[name] for k in written.__mro__ if name in vars(k)), None)
-        sequential = function is steps.SEQUENTIAL and not steps.is_sequential(written)
+        sequential = function is SEQUENTIAL and not is_sequential(written)
         if isinstance(function, FunctionType) and not (name.startswith("__") or sequential):
             yield name, function
 
 
 def _sequential(written: type) -> Rewritten:
     """The forward of a Sequential, which needs no source."""
-    forward = cast(FunctionType, steps.SEQUENTIAL)
+    forward = cast(FunctionType, SEQUENTIAL)
     head = "    if steps.aside(owner.forward, written):\n"
     head += "        return owner.forward(self, input)\n"
     body = "def forward(self, input):\n{}    return steps.sequence(self, input)"
@@ -175,7 +177,7 @@ def _holds(module: nn.Module | None) -> bool:
     """Whether it is a frozen layer, or a container of one."""
     if module is None or isinstance(module, _FrozenBatchNorm):
         return module is not None
-    container = only_holds(module) or steps.is_sequential(type(module))
+    container = only_holds(module) or is_sequential(type(module))
     return container and any(map(_holds, module._modules.values()))
 
 

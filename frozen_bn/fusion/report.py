@@ -10,9 +10,12 @@ from torch import nn
 from .. import activations
 from ..checks import ACTIVATIONS, SMOOTH
 from ..modules import _FrozenBatchNorm
-from . import fold, steps
+from . import fold
 from .classes import made, reasons
-from .flow import Sum, Uses, is_free, sole
+from .flow import uses_in
+from .kinds import is_convolution
+from .pending import Merge, recorders
+from .uses import Sum, Uses, is_free, sole
 
 
 class Fate(NamedTuple):
@@ -29,7 +32,7 @@ def _expected(layer: _FrozenBatchNorm, uses: Uses) -> Fate:
     conv = sole(uses.before.get(layer))
     if (
         not is_free(conv)
-        or not steps.is_convolution(type(conv))
+        or not is_convolution(type(conv))
         or sole(uses.behind.get(conv)) is not layer
     ):
         conv = None
@@ -68,7 +71,7 @@ def _fate(layer: _FrozenBatchNorm, added: str, activation: str | None, conv: Any
 
 def expected(root: nn.Module) -> dict[nn.Module, Fate]:
     """What the sources say."""
-    uses, found = Uses(root), dict[nn.Module, Fate]()
+    uses, found = uses_in(root), dict[nn.Module, Fate]()
     for layer in root.modules():
         if isinstance(layer, _FrozenBatchNorm) and _is_fused(layer) and is_free(layer):
             own = type(layer).forward is not _FrozenBatchNorm.forward or layer.inplace
@@ -85,7 +88,7 @@ def observed(root: nn.Module, inputs: tuple[Any, ...]) -> dict[nn.Module, Fate]:
     """What a run did."""
     found: dict[nn.Module, Fate] = {}
 
-    def note(merge: steps.Merge) -> None:
+    def note(merge: Merge) -> None:
         own = merge.layer.activation is not None and merge.conv is None  # nothing to do with fusing
         merged = " + ".join(filter(None, (merge.added, merge.activation))) * (not own)
         new = Fate(merged, "?" * merge.folded, merge.in_place, "", merge.conv)
@@ -93,12 +96,12 @@ def observed(root: nn.Module, inputs: tuple[Any, ...]) -> dict[nn.Module, Fate]:
             new = found[merge.layer]._replace(merged=merged)
         found[merge.layer] = new
 
-    steps.recorders.append(note)
+    recorders.append(note)
     try:
         with torch.random.fork_rng():
             root(*inputs)
     finally:
-        steps.recorders.remove(note)
+        recorders.remove(note)
     return _named(root, found)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from frozen_bn import functional, pair
-from frozen_bn.fusion import steps
+from frozen_bn.fusion import pending, steps
 
 
 @contextmanager
@@ -27,13 +27,13 @@ def replaced(places: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 @contextmanager
 def pythons_node() -> Iterator[None]:
     """Within, Python's autograd node serves, and Python's steps."""
-    names = ("watched", "call", "value", "settle", "add", "iadd")
     places = [
         (functional, "run", functional._run),
         (functional, "call", functional._not_called),
         (functional, "call_layer", functional._not_called),
         (pair, "run", pair._run),
-        *((steps, name, getattr(steps, f"_{name}")) for name in names),
+        *((steps, name, getattr(steps, f"_{name}")) for name in ("watched", "call", "add", "iadd")),
+        *((steps, name, getattr(pending, name)) for name in ("value", "settle")),
     ]
     with replaced(places):
         yield

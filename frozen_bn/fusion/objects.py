@@ -1,0 +1,152 @@
+"""What an expression in a method is, as far as the attributes of its instance tell, as they are
+now."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+UNKNOWN: Any = object()
+_HELD = (dict, list, tuple, set, frozenset)
+_COMPARISONS: dict[type[ast.cmpop], tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
+    ast.Is: (operator.is_, ()),
+    ast.IsNot: (operator.is_not, ()),
+    ast.Eq: (operator.eq, ()),
+    ast.NotEq: (operator.ne, ()),
+    ast.Gt: (operator.gt, ()),
+    ast.Lt: (operator.lt, ()),
+    ast.GtE: (operator.ge, ()),
+    ast.LtE: (operator.le, ()),
+    ast.In: (lambda a, b: a in b, _HELD),
+    ast.NotIn: (lambda a, b: a not in b, _HELD),
+}
+
+
+class Objects:
+    """Of one run of a method. ``known``: what variables are."""
+
+    def __init__(
+        self,
+        node: ast.FunctionDef,
+        globals: dict[str, Any],
+        known: dict[str, Any],
+        any_of: Callable[[nn.Module], None],
+    ) -> None:
+        self.globals, self.known = globals, known
+        self.any_of = any_of  # told of a module, one of whose children it is, nobody knows which
+        parts = [*ast.walk(node)]
+        self.locals = {part.arg for part in parts if isinstance(part, ast.arg)}
+        self.locals |= {
+            part.id
+            for part in parts
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        }
+
+    def of(self, e: ast.expr | None) -> Any:
+        """What ``e`` is, if that can be told: a constant, or an attribute of the instance."""
+        try:
+            return self._of(e)
+        except Exception:  # of a property, or an index out of range
+            return UNKNOWN
+
+    def _of(self, e: ast.expr | None) -> Any:
+        if isinstance(e, ast.Constant):
+            return e.value
+        if isinstance(e, ast.Name):
+            known = UNKNOWN if e.id in self.locals else self.globals.get(e.id, UNKNOWN)
+            return self.known.get(e.id, known)
+        if isinstance(e, ast.Attribute) and e.attr != "training":  # in either mode
+            inside = self.of(e.value)
+            own = isinstance(inside, nn.Module | ModuleType)
+            return getattr(inside, e.attr, None) if own else UNKNOWN
+        if isinstance(e, ast.Subscript):
+            inside, index = self.of(e.value), self.of(e.slice)
+            return self._item(inside, index)
+        if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add | ast.Sub):  # of an index
+            a, b = self.of(e.left), self.of(e.right)
+            if type(a) is int and type(b) is int:
+                return a + b if isinstance(e.op, ast.Add) else a - b
+        if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.args:
+            inside = self.of(e.args[0])
+            if e.func.id == "len" and isinstance(inside, nn.Module):
+                return len(inside._modules)
+            if e.func.id == "getattr" and isinstance(inside, nn.Module):
+                name = self.of(e.args[1])
+                return getattr(inside, name, None) if name is not UNKNOWN else self._any(inside)
+        return UNKNOWN
+
+    def _item(self, inside: Any, index: Any) -> Any:
+        if not isinstance(inside, nn.ModuleList | nn.ModuleDict | nn.Sequential | list | tuple):
+            return UNKNOWN
+        if index is UNKNOWN and isinstance(inside, nn.Module):
+            return self._any(inside)
+        return inside[index] if index is not UNKNOWN else UNKNOWN
+
+    def _any(self, holder: nn.Module) -> Any:
+        self.any_of(holder)
+        return UNKNOWN
+
+    def decide(self, test: ast.expr) -> bool | None:
+        """What a test of the instance's attributes says."""
+        if isinstance(test, ast.BoolOp):
+            each = [self.decide(value) for value in test.values]
+            decisive = isinstance(test.op, ast.Or)
+            return decisive if decisive in each else None if None in each else not decisive
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            inner = self.decide(test.operand)
+            return None if inner is None else not inner
+        if isinstance(test, ast.Compare) and len(test.ops) == 1:
+            a, b = self.of(test.left), self.of(test.comparators[0])
+            compare, kinds = _COMPARISONS.get(type(test.ops[0]), (None, ()))
+            known = _is_plain(a) and (_is_plain(b) or isinstance(b, kinds))
+            return bool(compare(a, b)) if known and compare else None
+        found = self.of(test)
+        return bool(found) if _is_plain(found) else None
+
+    def items(self, e: ast.expr) -> list[Any]:
+        """What a loop over layers runs over."""
+        if isinstance(e, ast.Tuple | ast.List):
+            return [
+                tuple(map(self.of, x.elts)) if isinstance(x, ast.Tuple) else self.of(x)
+                for x in e.elts
+            ]
+        if isinstance(e, ast.Call):
+            name = e.func.attr if isinstance(e.func, ast.Attribute) else getattr(e.func, "id", "")
+            if name == "range":
+                limits = [*map(self.of, e.args)]
+                known = all(isinstance(limit, int) for limit in limits)
+                return [*range(*limits)] if known else []
+            if name in ("zip", "enumerate", "reversed"):
+                each = [self.items(argument) for argument in e.args]
+                return [*{"zip": zip, "enumerate": enumerate, "reversed": reversed}[name](*each)]
+            found = self.of(e.func.value) if isinstance(e.func, ast.Attribute) else None
+            if isinstance(found, nn.Module) and name in ("values", "children"):
+                return [*found._modules.values()]
+            if isinstance(found, nn.Module) and name in ("items", "named_children"):
+                return [*found._modules.items()]
+            return []
+        found = self.of(e)
+        held = any(
+            isinstance(found, kind) and type(found).__iter__ is kind.__iter__
+            for kind in (nn.ModuleList, nn.Sequential)
+        )
+        return [*found._modules.values()] if held else []
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | nn.Module)
+
+
+def bound(target: ast.expr, item: Any) -> Iterator[tuple[str, Any]]:
+    """What the variables of a loop are, where it runs over ``item``."""
+    if isinstance(target, ast.Name):
+        yield target.id, item
+    elif isinstance(target, ast.Tuple):
+        known = isinstance(item, tuple)
+        for part, value in zip(target.elts, item if known else [UNKNOWN] * 99, strict=False):
+            yield from bound(part, value)
