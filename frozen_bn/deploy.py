@@ -19,7 +19,7 @@ from . import activations
 from .checks import fail
 from .fusion.classes import only_holds, unfuse
 from .fusion.flow import uses_in
-from .fusion.fold import Sources, fold, is_normalized_by, is_sharded
+from .fusion.fold import fold, is_normalized_by, is_sharded
 from .fusion.kinds import is_sequential
 from .fusion.source import codes
 from .fusion.uses import SIZES, is_free, sole
@@ -123,7 +123,7 @@ def _take_over(conv: nn.Module, bn: _FrozenBatchNorm) -> str | None:
     if is_sharded(conv) or is_sharded(bn):
         return "FSDP holds on to it"
     with torch.no_grad():
-        weight, bias = fold(conv, Sources.of(conv, bn))
+        weight, bias = fold(conv, bn)
         bias = bias.to(weight.dtype)
     if not weight.is_meta and not all(torch.isfinite(t).all() for t in (weight, bias)):
         return f"the folded weight does not fit in {str(weight.dtype).removeprefix('torch.')}"

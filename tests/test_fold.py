@@ -152,9 +152,9 @@ def test_without_a_pass_to_come_it_stays_the_convolutions():
 def test_half_precision_is_folded_in_float32_and_rounded_once(dtype):
     net = simple(fold_conv=True)
     net[0].to(dtype)
-    weight, bias = fold.fold(net[0], fold.Sources.of(net[0], net[1]))
+    weight, bias = fold.fold(net[0], net[1])
     exact = copy.deepcopy(net).double()
-    exact_weight, exact_bias = fold.fold(exact[0], fold.Sources.of(exact[0], exact[1]))
+    exact_weight, exact_bias = fold.fold(exact[0], exact[1])
     assert weight.dtype == dtype and bias.dtype == torch.float32
     torch.testing.assert_close(weight, exact_weight.float().to(dtype), rtol=0, atol=0)
     torch.testing.assert_close(bias.to(dtype), exact_bias.float().to(dtype), rtol=0, atol=0)

@@ -9,7 +9,7 @@ the convolution is not needed for any of them (unlike for the affine gradient of
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,17 @@ from ..functional import frozen_batch_norm
 from ..modules import _FrozenBatchNorm
 
 VECTORS = ("weight", "bias", "running_mean", "running_var")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose1d: F.conv_transpose1d,
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 def is_normalized_by(conv: nn.Module, bn: _FrozenBatchNorm) -> bool:
     """Whether ``conv`` is a convolution as torch has it, whose output ``bn`` accepts."""
-    if type(conv) not in _CONVOLUTIONS and type(conv) not in _TRANSPOSED:
+    if type(conv) not in CONVOLUTIONS:
         return False
     rank = cast(Tensor, conv.weight).dim()
     return bool(conv.out_channels == bn.num_features) and (not bn._ranks or rank in bn._ranks)
@@ -48,20 +48,6 @@ def _factor_of_transposed(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
     rows = weight.shape[0] // groups
     factor = scale.reshape(groups, 1, -1).expand(-1, rows, -1)
     return factor.reshape([weight.shape[0], -1] + [1] * (weight.dim() - 2))
-
-
-class Sources(NamedTuple):
-    """What is folded, each read once: a parametrization computes anew at every reading, and one
-    like spectral_norm counts them."""
-
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    bn: Statistics
-
-    @classmethod
-    def of(cls, conv: nn.Module, bn: _FrozenBatchNorm) -> Sources:
-        weight, bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
-        return cls(weight, bias, bn.statistics())
 
 
 def _scale(bn: Statistics, dtype: torch.dtype) -> Tensor:
@@ -90,13 +76,15 @@ def _folded_bias(own: Tensor | None, bn: Statistics, scale: Tensor) -> Tensor:
     return torch.addcmul(bn.bias.to(scale.dtype), mean, scale, value=-1)
 
 
-def fold(conv: nn.Module, sources: Sources) -> tuple[Tensor, Tensor]:
+def fold(conv: nn.Module, bn: _FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     """The weight and bias of the convolution that does the work of both, computed in float32
     (float64 if that is the dtype of ``conv``), the weight rounded once to that of ``conv``.
-    Differentiable."""
-    weight, bias, bn = sources
-    scale = _scale(bn, arithmetic_dtype(weight))
-    return _folded_weight(conv, weight, scale), _folded_bias(bias, bn, scale)
+    Differentiable. Each is read once: a parametrization computes anew at every reading, and one
+    like spectral_norm counts them."""
+    weight, statistics = cast(Tensor, conv.weight), bn.statistics()
+    scale = _scale(statistics, arithmetic_dtype(weight))
+    bias = _folded_bias(cast(Tensor | None, conv.bias), statistics, scale)
+    return _folded_weight(conv, weight, scale), bias
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -9,18 +9,14 @@ from torch import nn
 
 from .. import activations
 from ..modules import _FrozenBatchNorm
-from .fold import VECTORS
+from .fold import CONVOLUTIONS, VECTORS
 
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
 _OF_CONVOLUTIONS = ("forward", "_conv_forward", "_output_padding")
 
 #: What torch's classes do, as it was at first.
 _originals = {
     kind: {name: getattr(kind, name, None) for name in _OF_CONVOLUTIONS}
-    for kind in (*_CONVOLUTIONS, *activations.TORCHS)
+    for kind in (*CONVOLUTIONS, *activations.TORCHS)
 }
 SEQUENTIAL = nn.Sequential.forward
 MODULE_CALL = nn.Module.__call__
@@ -28,7 +24,7 @@ MODULE_CALL = nn.Module.__call__
 
 def is_convolution(kind: type) -> bool:
     """Whether it is one of torch's classes, or computes what that does."""
-    base: Any = next((base for base in kind.__mro__ if base in _CONVOLUTIONS), None)
+    base: Any = next((base for base in kind.__mro__ if base in CONVOLUTIONS), None)
     return base is not None and _is_called(kind) and _is_original(kind, base)
 
 
@@ -54,7 +50,7 @@ def is_frozen(kind: Any) -> bool:
 
 def is_sequential(kind: Any) -> bool:
     """Whether calling it is calling its children one after the other, and nothing else."""
-    forward = getattr(kind, "forward", None)
+    forward = getattr(kind, "forward", None)  # or a rewritten one, which tells of which (classes)
     return (
         issubclass(kind, nn.Sequential)
         and _is_called(kind)

@@ -6,13 +6,12 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
 
 from .. import activations
-from . import source
 
 #: Methods of tensors that are activations or sums.
 _METHODS = {name for name in activations._FUNCTIONS if isinstance(name, str)} | {"add", "add_"}
@@ -20,7 +19,8 @@ _METHODS = {name for name in activations._FUNCTIONS if isinstance(name, str)} | 
 #: Calls of these change nothing.
 _ITERATORS = {"zip", "enumerate", "reversed", "range", "len"}
 
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 _PURE = (
     *(ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.Tuple, ast.UnaryOp),
@@ -35,10 +35,10 @@ def own(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
     """All in ``nodes``, but for what is in functions and classes inside."""
     for node in nodes:
         yield node
-        yield from own(_outside(node) if isinstance(node, _SCOPES) else ast.iter_child_nodes(node))
+        yield from own(outside(node) if isinstance(node, SCOPES) else ast.iter_child_nodes(node))
 
 
-def _outside(scope: Any) -> list[ast.AST]:
+def outside(scope: Any) -> list[ast.AST]:
     """What of a function or class is evaluated where it is defined."""
     arguments = getattr(scope, "args", None)
     defaults = [*arguments.defaults, *filter(None, arguments.kw_defaults)] if arguments else []
@@ -125,15 +125,15 @@ class Names:
             elif isinstance(part, ast.Assign) and len(part.targets) == 1:
                 self._bind(part.targets[0], part.value, iterated=False)
 
-    def _bind(self, target: ast.expr, value: ast.expr, iterated: bool) -> None:
+    def _bind(self, to: ast.expr, value: ast.expr, iterated: bool) -> None:
         """Notes a variable that holds a layer, or runs over layers."""
         if iterated and isinstance(value, ast.Tuple | ast.List):
             for item in value.elts:
-                self._bind(target, item, iterated=False)
+                self._bind(to, item, iterated=False)
             return
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for to, what in zip(target.elts, value.elts, strict=False):
-                self._bind(to, what, iterated)
+        if isinstance(to, ast.Tuple) and isinstance(value, ast.Tuple):
+            for part, what in zip(to.elts, value.elts, strict=False):
+                self._bind(part, what, iterated)
             return
         parts = [value]
         if iterated:  # zip(self.a, self.b), self.a.values(), enumerate(zip(self.a, self.b))
@@ -141,35 +141,29 @@ class Names:
             parts += [part for call in calls for part in (call.func, *call.args)]
         paths = [path for path in map(self.path, parts) if path is not None]
         self.method.paths.update(paths[1:])  # any of them may be what is called
-        for part in ast.walk(target) if paths else ():
-            if isinstance(part, ast.Name):
-                self.callees.setdefault(part.id, paths[0])
-
-    @staticmethod
-    def _is_getter(e: ast.expr) -> bool:
-        return isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "getattr"
+        for name in ast.walk(to) if paths else ():
+            if isinstance(name, ast.Name):
+                self.callees.setdefault(name.id, paths[0])
 
     def path(self, e: ast.expr) -> Path | None:
         """From the instance to ``e``, as far as it can be read."""
-        if isinstance(e, ast.Name):
-            return () if e.id == self.method.self_name else self.callees.get(e.id)
-        if isinstance(e, ast.Attribute):
-            inside = self.path(e.value)
-            return None if inside is None else (*inside, e.attr)
-        if isinstance(e, ast.Subscript):
-            return self.path(e.value)
-        if self._is_getter(e) and cast(ast.Call, e).args:
-            return self.path(cast(ast.Call, e).args[0])
+        match e:
+            case ast.Name(name):
+                return () if name == self.method.self_name else self.callees.get(name)
+            case ast.Attribute(value, attribute):
+                inside = self.path(value)
+                return None if inside is None else (*inside, attribute)
+            case ast.Subscript(value) | ast.Call(ast.Name("getattr"), [value, *_]):
+                return self.path(value)
         return None
 
     def _find_waiting(self) -> None:
         """The variables of its own that are assigned what a step returns."""
-        captured = {name for code in source.codes(self.code) for name in code.co_freevars}
-        own = {*self.code.co_varnames} - captured
+        locals = {*self.code.co_varnames} - {*self.code.co_cellvars}
         pairs = [(cast(str, target(p)), cast(Any, p).value) for p in self.parts if target(p)]
         while True:
             before = len(self.waiting)
-            self.waiting |= {n for n, value in pairs if n in own and self.is_step(value)}
+            self.waiting |= {n for n, value in pairs if n in locals and self.is_step(value)}
             if len(self.waiting) == before:
                 return
 
@@ -226,8 +220,8 @@ class Names:
             return None
         found: Any = self.method.globals.get(e.id)
         for name in reversed(names):
-            found = getattr(found, name, None) if isinstance(found, type(torch)) else None
-        known = isinstance(found, (type(torch.relu), FunctionType))
+            found = getattr(found, name, None) if isinstance(found, ModuleType) else None
+        known = isinstance(found, BuiltinFunctionType | FunctionType)
         return found if known and (found is torch.add or found in activations._FUNCTIONS) else None
 
     # What evaluating an expression may change
@@ -245,8 +239,8 @@ class Names:
         """Whether it is one of Python's own."""
         if not isinstance(e, ast.Name) or e.id not in _ITERATORS:
             return False
-        own = {*self.code.co_varnames, *self.code.co_freevars, *self.method.globals}
-        return e.id not in own
+        others = self.code.co_varnames, self.code.co_freevars, self.method.globals
+        return not any(e.id in names for names in others)
 
     def _is_layer(self, e: ast.expr) -> bool:
         """Whether it is no method or function, as far as the class tells."""

@@ -28,7 +28,8 @@ _COMPARISONS: dict[type[ast.cmpop], tuple[Callable[[Any, Any], Any], tuple[type,
 
 
 class Objects:
-    """Of one run of a method. ``known``: what variables are."""
+    """Of one run of a method. ``known``: what variables are. ``any_of`` is told of a module, one of
+    whose children is meant, nobody knows which."""
 
     def __init__(
         self,
@@ -37,8 +38,7 @@ class Objects:
         known: dict[str, Any],
         any_of: Callable[[nn.Module], None],
     ) -> None:
-        self.globals, self.known = globals, known
-        self.any_of = any_of  # told of a module, one of whose children it is, nobody knows which
+        self.globals, self.known, self.any_of = globals, known, any_of
         parts = [*ast.walk(node)]
         self.locals = {part.arg for part in parts if isinstance(part, ast.arg)}
         self.locals |= {

@@ -124,7 +124,9 @@ def takes(n: Any, other: Any, second: bool = False) -> bool:
     if n.folded:
         _unfold(n)
     branch = other.bn if waits(other) and other.other is None else None
-    pair = branch is not None and not (n.folded or other.folded or _trains(n) or _trains(other))
+    pair = branch is not None and not (
+        n.folded or other.folded or n.bn.trains_affine() or branch.trains_affine()
+    )
     addend, x = other.input if pair else value(other), n.input
     if type(addend) is not Tensor or addend.shape != x.shape:
         return False
@@ -134,10 +136,6 @@ def takes(n: Any, other: Any, second: bool = False) -> bool:
         return False
     n.other, n.branch = other if pair else addend, branch
     return True
-
-
-def _trains(n: Normalized) -> bool:
-    return n.grad and any(v is not None and v.requires_grad for v in n.bn._vectors()[2:])
 
 
 def _unfold(n: Normalized) -> None:

@@ -22,7 +22,7 @@ class Fate(NamedTuple):
     """What became of a layer."""
 
     merged: str = ""  # with what: "relu", "add + relu", "two branches + relu"
-    folded_into: str = ""  # the name of the convolution
+    folded_into: str = ""  # the name of the convolution; "?" until `_named` finds it
     in_place: bool = False
     reason: str = ""  # if nothing of it
     conv: nn.Module | None = None  # before it, if nothing else reads its output
@@ -30,29 +30,21 @@ class Fate(NamedTuple):
 
 def _expected(layer: _FrozenBatchNorm, uses: Uses) -> Fate:
     conv = sole(uses.before.get(layer))
-    if (
-        not is_free(conv)
-        or not is_convolution(type(conv))
-        or sole(uses.behind.get(conv)) is not layer
-    ):
+    alone = sole(uses.behind.get(conv)) is layer
+    if not (alone and is_free(conv) and is_convolution(type(conv))):
         conv = None
     reader, added, activation = sole(uses.behind.get(layer)), "", layer.activation
     if isinstance(reader, Sum) and activation is None:
         mine = reader.a == {layer}
         other = sole({*(reader.b if mine else reader.a)})
-        if not mine and reader.into and not isinstance(other, _FrozenBatchNorm):
-            return _fate(layer, "", None, conv)
-        if other is layer:
+        plain = not isinstance(other, _FrozenBatchNorm)
+        if other is layer or (plain and reader.into and not mine):
             return _fate(layer, "", None, conv)
         paired = isinstance(other, _FrozenBatchNorm) and sole(uses.behind[other]) is reader
         added = "two branches" if paired else "add"
         reader = sole(uses.behind.get(reader))
     if activation is None:
-        found = (
-            activations.of_module(reader)
-            if isinstance(reader, nn.Module) and is_free(reader)
-            else None
-        )
+        found = activations.of_module(reader) if is_free(reader) else None
         activation = reader if isinstance(reader, str) else found and found.name
     elif conv is None:
         activation = None  # nothing to do with fusing
@@ -80,7 +72,7 @@ def expected(root: nn.Module) -> dict[nn.Module, Fate]:
 
 
 def _is_fused(layer: _FrozenBatchNorm) -> bool:
-    """Whether it was asked for."""
+    """Whether it was asked for: ``classes.fuse`` sets this."""
     return "fold_conv" in vars(layer)
 
 

@@ -1,12 +1,12 @@
 """A method's source with steps in the place of the calls of layers, of activations, and of sums.
 
-What a step returns may be pending (see ``steps``). It may be handed to another step at once, or
+What a step returns may be pending (``pending``). It may be handed to another step at once, or
 wait in a local variable for one. For that it has to be true that
 
 - every other read of such a variable goes through ``steps.value``;
 - nothing reads the variable after the step that takes what waits there (``_consumed``);
 - nothing is called between two steps that could change what the first was given, unless the first
-  works on what nothing else has: else ``steps.settle`` has it computed (``waiting``).
+  works on what nothing else has: else ``steps.settle`` has it computed (``waiting``, ``_kept``).
 
 So no more has to be known of a variable than its name (``names``). What a step does with what it is
 given is decided when it runs.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections import Counter
 from collections.abc import Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -24,7 +23,18 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 from . import source, waiting
-from .names import Method, Names, Path, is_pure, loads, own, position, target
+from .names import (
+    COMPREHENSIONS,
+    Method,
+    Names,
+    Path,
+    is_pure,
+    loads,
+    outside,
+    own,
+    position,
+    target,
+)
 from .source import LeftAlone
 
 Node = TypeVar("Node", bound=ast.AST)
@@ -32,16 +42,20 @@ Node = TypeVar("Node", bound=ast.AST)
 #: With these, a function sees its variables otherwise than by reading them.
 _REFUSED = {"locals", "vars", "eval", "exec", "f_locals", "_getframe", "currentframe"}
 
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 _BORDERED = (ast.With, ast.AsyncWith, ast.Try, ast.TryStar)
 
 
 class Rewritten(NamedTuple):
-    """A method with steps."""
+    """A method with steps.
+
+    Where it may return what is pending, there is a second one that does. A step that calls the
+    first finds it there, as ``function._pending = function, pending``, and calls it instead: all
+    others get what is computed. (The first of the pair tells a copy of the attribute from it.)
+    """
 
     function: FunctionType
-    pending: FunctionType | None  # the same, but returns what is pending, if it ever does
+    pending: FunctionType | None
     text: str
     paths: frozenset[Path]  # what the steps call
 
@@ -117,7 +131,7 @@ class _Scope:
             return self.step("value", e, at=e) if read else e
         if self.names.is_given_pending(e):
             return self.step("value", self.raw(e), at=e)
-        inner = isinstance(e, (ast.Lambda, *_COMPREHENSIONS))
+        inner = isinstance(e, (ast.Lambda, *COMPREHENSIONS))
         self.inner += inner
         new = self.rebuilt(e)
         self.inner -= inner
@@ -140,15 +154,16 @@ class _Scope:
     def _consumed(self, name: ast.Name) -> bool:
         """Whether nothing reads what the variable has now, after this."""
         s = self.unit
-        if self.inner or Counter(n.id for n in loads(s))[name.id] != 1:
+        if self.inner or sum(n.id == name.id for n in loads(s)) != 1:
             return False
         if isinstance(s, ast.Return) and not self.bordered:
             return True
         if target(s) == name.id:  # whatever comes next finds the new value, or an exception
-            value = cast(ast.Call, cast(Any, s).value)
-            alone = isinstance(value, ast.Call) and value.args[:1] == [name]
             if not self.bordered or isinstance(s, ast.AugAssign):
                 return True
+            # A handler may read the old value: nothing but the step itself may raise after this.
+            value = cast(ast.Call, cast(Any, s).value)
+            alone = isinstance(value, ast.Call) and value.args[:1] == [name]
             if alone and all(isinstance(a, ast.Constant) for a in value.args[1:]):
                 return not value.keywords
         return self.last.get(name.id) is name and (not self.loops or self._is_new(name.id))
@@ -243,6 +258,7 @@ class _Scope:
                 elif field in ("handlers", "cases"):
                     setattr(new, field, [inside(part) for part in value])
                 else:
+                    # A condition, say. That of a `while` is evaluated again and again.
                     self.unit = ast.Tuple(value if isinstance(value, list) else [value])
                     self.inner += isinstance(s, ast.While)
                     setattr(new, field, self._field(value))
@@ -273,8 +289,7 @@ class _Scope:
         new.body = _Scope(self.method, s, codes[0], pending=False).body
         scope = _Scope(self.method, s, codes[0], pending=True)
         raw.body, raw.name = scope.body, self.method.new_name(f"{s.name}_pending")
-        defaults = [*s.args.defaults, *filter(None, s.args.kw_defaults)]  # evaluated once
-        if not scope.returned or s.decorator_list or defaults:
+        if not scope.returned or outside(s):  # evaluated once, where it is defined
             return [new]
         itself = ast.Name(s.name, ast.Load())
         both = ast.Tuple([itself, ast.Name(raw.name, ast.Load())], ast.Load())
@@ -296,8 +311,7 @@ def _prologue(method: Method, node: ast.FunctionDef, name: str) -> ast.stmt:
     )
     (statement,) = ast.parse(text).body
     for part in ast.walk(statement):
-        if isinstance(part, ast.expr | ast.stmt | ast.keyword):
-            ast.copy_location(part, node)
+        ast.copy_location(part, node)
     return statement
 
 

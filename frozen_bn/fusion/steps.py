@@ -266,6 +266,7 @@ if node.compiled is not None:
         "own_conv_forward": _own(nn.Conv2d._conv_forward, convolutions),
         "own_conv2d": F.conv2d if type(F.conv2d) is types.BuiltinFunctionType else object(),
     }
+    # What it takes of these is listed in csrc/node/pending.h.
     compiled.bind_steps({**vars(pending), **globals(), **_of_torch})
     watched, call, value = compiled.watched_step, compiled.call_step, compiled.value_step
     settle, add, iadd = compiled.settle_step, compiled.add_step, compiled.iadd_step

@@ -1,4 +1,5 @@
-"""Which layers, sums and activations read what each other make."""
+"""Which layers, sums and activations read what each other make; and what is asked of modules for
+that."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
 class Sum:
     """``a + b``, or ``a += b``."""
 
-    def __init__(self, a: frozenset[Node], b: frozenset[Node], into: bool) -> None:
+    def __init__(self, a: Nodes, b: Nodes, into: bool) -> None:
         self.a, self.b, self.into = a, b, into
 
 
 #: What makes a value, or reads one: a layer, a sum, or the name of an activation.
 Node = nn.Module | Sum | str
-Nodes = frozenset[Node]
-NONE: Nodes = frozenset()
+
+#: What may have made a value. None: anything else.
+Nodes = frozenset[Node | None]
+UNKNOWN: Nodes = frozenset({None})
 
 
 def sole(nodes: set[Any] | None) -> Any:
@@ -45,7 +48,7 @@ def is_free(module: Any) -> bool:
 
 def parts(module: nn.Module) -> Iterator[nn.Module]:
     """What calling it calls: of a Sequential the layers in it, but for identities."""
-    if is_sequential(type(module)):
+    if is_sequential(type(module)) and is_free(module):
         for child in module._modules.values():
             yield from parts(child) if child is not None else ()
     elif type(module) is not nn.Identity:
@@ -62,15 +65,23 @@ class Uses:
         self.called: set[nn.Module] = set()
 
     def use(self, made_by: Nodes, by: Node | None) -> None:
-        for node in made_by:
-            self.behind.setdefault(node, set()).add(by)
+        for node in made_by - UNKNOWN:
+            self.behind.setdefault(node, set()).add(by)  # type: ignore[arg-type]
         if by is not None:
-            self.before.setdefault(by, set()).update(made_by or {None})
+            self.before.setdefault(by, set()).update(made_by)
 
-    def use_any_of(self, holder: nn.Module) -> None:
-        """One of those held is read, nobody knows which."""
+    def hand_on(self, module: nn.Module) -> None:
+        """To something that may call it, or what it holds, with anything, and do anything with what
+        comes out."""
+        if type(module).forward is nn.Module.forward:  # a ModuleList, say
+            self.hand_on_all_of(module)
+        elif layers := [*parts(module)]:
+            self.before.setdefault(layers[0], set()).add(None)
+            self.use(frozenset({layers[-1]}), None)
+
+    def hand_on_all_of(self, holder: nn.Module) -> None:
         for child in holder.children():
-            self.use(frozenset(parts(child)), None)
+            self.hand_on(child)
 
     def chain(self, layers: list[nn.Module], value: Nodes) -> Nodes:
         """What comes out of layers that are called one after the other."""
@@ -79,5 +90,5 @@ class Uses:
             self.use(value, layer)
             known = is_convolution(type(layer)) or isinstance(layer, _FrozenBatchNorm)
             known = known or activations.is_known(type(layer))
-            value = frozenset({layer}) if known else NONE
+            value = frozenset({layer}) if known else UNKNOWN
         return value
