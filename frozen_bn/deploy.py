@@ -179,9 +179,10 @@ def fold_for_inference(module: nn.Module, *inputs: Any) -> nn.Module:
     does what was never converted.
 
     What ``forward`` methods do is read from the code of the modules that hold the layers, as their
-    flags are now. Where a convolution is called from elsewhere (a parent that reaches for it, a
-    loop over ``children()``, ``self.seq[0]`` in a method that ``forward`` does not call), the layer
-    is in it there too: give an example input to compare.
+    flags are now; what cannot be followed there is not folded. Where a convolution is called from
+    elsewhere (a parent that reaches for it, or calls another method than ``forward``), the layer is
+    in it there too, and a ``Sequential`` that is handed to a function of torch or timm is taken to
+    be called from its first layer to its last: give an example input to compare.
 
     Args:
         module: not changed. Weights may be of any dtype; what is folded is computed in float32 at

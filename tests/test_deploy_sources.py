@@ -6,19 +6,10 @@ that stands before it, or where something else reads that as well."""
 from __future__ import annotations
 
 import contextlib
-import copy
 
 import pytest
-import torch
+from folded import Many, Net, folded_layers
 from torch import nn
-
-from frozen_bn import convert_frozen_bn, fold_for_inference, summary
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
 
 
 class OneOfTwo(Net):
@@ -375,14 +366,6 @@ class InADecoratedFunction(Net):
         return g(y)
 
 
-class Many(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 1) for _ in range(3)])
-        self.bns = nn.ModuleList([nn.BatchNorm2d(4) for _ in range(3)])
-        self.k = 0
-
-
 class LoopLeft(Many):
     def forward(self, x):
         for i in range(3):
@@ -479,17 +462,5 @@ FOLDED = {"InALoop": 3, "FromTurnToTurn": 2}  # where it can be told
 
 
 @pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
-@pytest.mark.filterwarnings("ignore:frozen_bn. not folded")
 def test_the_copy_returns_the_same(kind):
-    net = kind().eval()
-    for bn in net.modules():
-        if isinstance(bn, nn.BatchNorm2d):
-            bn.running_mean.uniform_(-1, 1), bn.running_var.uniform_(0.5, 2)
-    converted = convert_frozen_bn(copy.deepcopy(net))
-    folded = fold_for_inference(converted)
-    for samples in (1, 2):  # which some of them ask for
-        x = torch.randn(samples, 4, 4, 4)
-        torch.testing.assert_close(folded(x), net(x))
-    count = sum(type(layer) is nn.Identity for layer in folded.modules())
-    assert count == FOLDED.get(kind.__name__, 0)
-    assert summary(converted)
+    assert folded_layers(kind) == FOLDED.get(kind.__name__, 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 from collections.abc import Hashable, Mapping
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,7 +25,11 @@ from .uses import SIZES, UNKNOWN, Nodes, Sum, Uses, parts
 
 _DEEPEST = 20  # methods that call each other
 _LONGEST = 1000  # turns of a loop
+_MOST_RUNS = 1000  # of methods and inner functions, for one forward
 _NOT_FOLLOWED = (ast.Nonlocal, ast.Global, ast.Match, ast.TryStar)
+
+#: Whose functions call a Sequential that they are given from its first layer to its last.
+_CALL_THE_WHOLE = ("torch.", "timm.")
 
 #: What can be asked of a tensor without using its values.
 _ASKED = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda"}
@@ -50,9 +55,13 @@ def uses_in(root: nn.Module) -> Uses:
 
 
 def _follow_forward(uses: Uses, module: nn.Module) -> None:
+    uses.runs = 0
     try:
+        if "forward" in vars(module):
+            raise LeftAlone("the instance has another")
         uses.use(_Run(uses, module, "forward", 0).returned, None)
     except LeftAlone as reason:
+        uses.hand_on_all_of(module)
         for child in module.children():
             for layer in child.modules() if only_holds(child) else parts(child):
                 uses.reasons[layer] = f"{type(module).__name__}.forward: {reason}"
@@ -75,17 +84,25 @@ class _Run:
         if name in reasons(instance):
             raise LeftAlone(reasons(instance)[name])
         info = made(instance)  # by its class, or the one that that was made from
-        function: Any = getattr(info.written if info else type(instance), name, None)
+        function = getattr(info.written if info else type(instance), name, None)
+        uses.runs += 1
+        if not isinstance(function, FunctionType) or uses.runs > _MOST_RUNS:
+            raise LeftAlone("it is no function, or calls too many")
         node = node or tree(function)[0]
-        if any(isinstance(part, _NOT_FOLLOWED) for part in ast.walk(node)):
+        if any(map(_is_not_followed, ast.walk(node))):
             raise LeftAlone("it has a statement that is not followed")
         names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
-        known = dict(outer or {})
+        known = {n: found for n, found in (outer or {}).items() if n not in _bound_in(node)}
         if outer is None:
+            if not names:
+                raise LeftAlone("it names no self")
             known[names.pop(0)] = instance
         self.objects = Objects(node, function.__globals__, known, uses.hand_on_all_of)
-        self.captured = _captured(node)
         self.env: dict[str, Nodes] = dict(zip(names, values, strict=False))
+        self.called: set[tuple[nn.Module, Nodes]] = set()
+        self.captured = _captured(node)
+        for name in self.captured & {*self.env}:
+            uses.use(self.env[name], None)
         self.returned: Nodes = frozenset()
         self.block(node.body)
         self.returned = self.returned or UNKNOWN
@@ -104,11 +121,29 @@ class _Run:
 
     def read_inside(self, scope: ast.AST) -> None:
         """By what has variables of its own."""
-        before, own = self.env, _bound_in(scope)
-        self.env = {name: nodes for name, nodes in before.items() if name not in own}
+        if isinstance(scope, ast.ListComp) and len(scope.generators) == 1 and self.turns(scope):
+            return
+        env, known, own = self.env, self.objects.known, _bound_in(scope)
+        later = isinstance(scope, (*SCOPES, ast.GeneratorExp))  # it runs when variables are others
+        self.env = {} if later else {n: nodes for n, nodes in env.items() if n not in own}
+        self.objects.known = known | dict.fromkeys(own, UNKNOWN_OBJECT)
         for part in ast.iter_child_nodes(scope):
             self.read(part)
-        self.env = before
+        self.env, self.objects.known = env, known
+
+    def turns(self, e: ast.ListComp) -> bool:
+        """Follows it as what it is, a loop, if that can be done."""
+        (generator,) = e.generators
+        items = self.objects.items(generator.iter)
+        if not items or not all(map(_is_name, _flat(generator.target))):
+            return False
+        env, known = dict(self.env), dict(self.objects.known)
+        for item in items:
+            self.turn(generator.target, item)
+            for part in (*generator.ifs, e.elt):
+                self.read(part)
+        self.env, self.objects.known = env, known
+        return True
 
     def value(self, e: ast.expr) -> Nodes:
         """What made the value of ``e``."""
@@ -132,26 +167,33 @@ class _Run:
             bodies = [b for b, w in ((e.body, True), (e.orelse, False)) if way in (None, w)]
             return frozenset().union(*map(self.value, bodies))
         if isinstance(e, ast.NamedExpr):
-            self.env[e.target.id] = value = self.value(e.value)
+            value = self.value(e.value)
             self.uses.use(value, None)
+            self.forget(e.target)
+            self.env[e.target.id] = value
             return value
         if isinstance(e, ast.Call):
             return self.call(e)
         if isinstance(e, (ast.Lambda, *COMPREHENSIONS)):
             self.read_inside(e)
             return UNKNOWN
-        if isinstance(e, ast.Attribute) and e.attr not in SIZES:
-            held = self.objects.of(e), self.objects.of(e.value)  # somebody has it, or its weight
-            for found in held if held[1] is not self.instance or e.attr in _HOLDING else held[:1]:
-                self.hand_on(found)
-            if not isinstance(e.value, ast.Name):
-                self.read(e.value)
-            elif e.attr not in _ASKED:
-                self.uses.use(self.env.get(e.value.id, UNKNOWN), None)
+        if isinstance(e, ast.Attribute):
+            self.read_attribute(e)
             return UNKNOWN
         for child in ast.iter_child_nodes(e):
             self.read(child)
         return UNKNOWN
+
+    def read_attribute(self, e: ast.Attribute) -> None:
+        owner = self.objects.of(e.value)
+        if isinstance(owner, nn.Module) and (e.attr in SIZES or owner is self.instance):
+            self.hand_on(owner if e.attr in _HOLDING else self.objects.of(e))
+        elif not isinstance(e.value, ast.Name):
+            self.read(e.value)
+        elif e.attr not in _ASKED:
+            self.hand_on(owner)  # somebody has its weight, say
+            self.hand_on(self.objects.of(e))
+            self.uses.use(self.env.get(e.value.id, UNKNOWN), None)
 
     def sum(self, a: Nodes, b: Nodes, into: bool = False) -> Nodes:
         node = Sum(a, b, into)
@@ -167,6 +209,10 @@ class _Run:
             for other in others:
                 self.read(other)
                 self.uses.use(value, None)  # not what the steps merge
+            if (f, value) in self.called:  # with what it has been called with before
+                self.hand_on(f)
+            elif value != UNKNOWN:
+                self.called.add((f, value))
             return self.uses.chain([*parts(f)], value)
         owner = getattr(f, "__self__", None) if attribute == "forward" else None
         if isinstance(owner, nn.Module) and is_sequential(type(owner)) and args:
@@ -195,10 +241,11 @@ class _Run:
             return UNKNOWN
         if isinstance(e.func, ast.Name) and e.func.id == "super":
             self.hand_on(self.instance)
+        whole = str(getattr(f, "__module__", "")).startswith(_CALL_THE_WHOLE)
         for child in ast.iter_child_nodes(e):
             inside = self.objects.of(child) if isinstance(child, ast.expr) else UNKNOWN_OBJECT
-            if self._is_followed(inside):  # to be called by somebody: a checkpoint, say
-                self.uses.use(self.follow(inside, ()), None)
+            if whole and isinstance(inside, nn.Module) and is_sequential(type(inside)):
+                self.uses.hand_on_the_whole(inside)
             else:
                 self.read(child)
         return UNKNOWN
@@ -209,8 +256,9 @@ class _Run:
 
     def follow(self, f: Any, values: tuple[Nodes, ...]) -> Nodes:
         if isinstance(f, ast.FunctionDef):
-            inner = values, f, self.objects.known
-            return _Run(self.uses, self.instance, self.name, self.depth + 1, *inner).returned
+            outer = dict.fromkeys(self.objects.locals, UNKNOWN_OBJECT) | self.objects.known
+            inner = self.name, self.depth + 1, values, f, outer
+            return _Run(self.uses, self.instance, *inner).returned
         name = f.__func__.__name__
         if getattr(type(self.instance), name, None) is f.__func__:  # else it goes by another name
             with contextlib.suppress(LeftAlone):
@@ -220,11 +268,21 @@ class _Run:
         return UNKNOWN
 
     def hand_on(self, found: Any) -> None:
-        """To something that is not followed, if it is a module, or a method of the instance."""
-        if self.instance in (found, getattr(found, "__self__", None)):
+        """What ``found`` is, or holds, to something that is not followed."""
+        if self._is_followed(found):  # to be called by somebody: a checkpoint, say
+            self.uses.use(self.follow(found, ()), None)
+        elif found is self.instance or isinstance(found, ast.FunctionDef):
             self.uses.hand_on_all_of(self.instance)
         elif isinstance(found, nn.Module):
             self.uses.hand_on(found)
+        elif isinstance(found, MethodType):
+            self.hand_on(found.__self__)
+        elif isinstance(found, functools.partial):
+            self.hand_on([found.func, *found.args, *found.keywords.values()])
+        elif isinstance(found, dict | list | tuple | set | frozenset):
+            for part in found.values() if isinstance(found, dict) else found:
+                if not isinstance(part, dict | list | tuple | set | frozenset):
+                    self.hand_on(part)
 
     # Statements
 
@@ -244,11 +302,15 @@ class _Run:
             name: frozenset().union(*(env.get(name, UNKNOWN) for env, _ in ends))
             for name in {name for env, _ in ends for name in env}
         }
-        self.objects.known = {
-            name: found if all(other.get(name) is found for _, other in ends) else UNKNOWN_OBJECT
-            for _, known in ends
-            for name, found in known.items()
-        }
+        self.objects.known = known
+        for name in {name for _, found in ends for name in found}:
+            each = [found.get(name, UNKNOWN_OBJECT) for _, found in ends]
+            known[name] = each[0]
+            if any(found is not each[0] for found in each):
+                known[name] = UNKNOWN_OBJECT
+                for found in each:
+                    if isinstance(found, ast.FunctionDef | nn.Module):
+                        self.hand_on(found)
 
     def statement(self, s: ast.stmt) -> None:
         if isinstance(s, ast.Assign) and len(s.targets) == 1:
@@ -257,6 +319,7 @@ class _Run:
             self.assign(s.target, s.value)
         elif isinstance(s, ast.AugAssign) and isinstance(s.target, ast.Name):
             before, value = self.env.get(s.target.id, UNKNOWN), self.value(s.value)
+            self.forget(s.target)
             if isinstance(s.op, ast.Add):
                 self.env[s.target.id] = self.sum(before, value, into=True)
             else:
@@ -274,60 +337,110 @@ class _Run:
         elif isinstance(s, ast.For | ast.While):
             self.loop(s)
         elif isinstance(s, ast.Try):
-            handled = [[*start, *h.body] for h in s.handlers for start in (s.body, [])]
-            self.ways(s.body, *handled)
-            self.block([*s.orelse, *s.finalbody])
+            for body in (s.body, *(handler.body for handler in s.handlers), s.orelse, s.finalbody):
+                self.ways(body, [])
+                self.lose(s)
         elif isinstance(s, ast.With):
             for item in s.items:
                 self.read(item.context_expr)
                 self.forget(item)
             self.block(s.body)
+            if not all(map(self.lets_exceptions_pass, s.items)):
+                self.lose(s)
         elif isinstance(s, ast.FunctionDef) and not [*outside(s)]:
             self.objects.known[s.name] = s
         else:
             self.read(s)
             self.forget(s)
 
+    def lets_exceptions_pass(self, item: ast.withitem) -> bool:
+        e = item.context_expr
+        made_by = self.objects.of(e.func) if isinstance(e, ast.Call) else UNKNOWN_OBJECT
+        return str(getattr(made_by, "__module__", "")).startswith("torch.")
+
+    def lose(self, node: ast.AST) -> None:
+        """The variables that it assigns, nobody knows whether and how often; they may be read."""
+        for name in _bound_in(node):
+            self.uses.use(self.env.get(name, UNKNOWN), None)
+            self.hand_on(self.objects.known.get(name))
+        self.forget(node)
+
     def forget(self, node: ast.AST) -> None:
         """The variables that it assigns."""
         for name in _bound_in(node):
             self.env[name], self.objects.known[name] = UNKNOWN, UNKNOWN_OBJECT
+        places = [p for p in ast.walk(node) if isinstance(p, ast.Attribute | ast.Subscript)]
+        for place in places:
+            if not isinstance(place.ctx, ast.Load):
+                self.written(place)
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         pairs = [(target, value)]
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            pairs = [*zip(target.elts, value.elts, strict=False)]
-        values = [(to, self.objects.of(what), self.value(what)) for to, what in pairs]
+            both = target.elts, value.elts
+            if not any(isinstance(part, ast.Starred) for parts in both for part in parts):
+                pairs = [*zip(*both, strict=False)]
+        values = [(to, self.objects.of(what), self.assigned(to, what)) for to, what in pairs]
         for (to, found, made_by), (_, what) in zip(values, pairs, strict=True):
             if isinstance(what, ast.Name) or not isinstance(to, ast.Name) or to.id in self.captured:
                 self.uses.use(made_by, None)  # somebody else has it too
-            for part in ast.walk(to):  # of to[...]
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load):
-                    self.read(part)
             self.forget(to)
             if isinstance(to, ast.Name):
-                self.env[to.id], self.objects.known[to.id] = made_by, found
+                self.env[to.id] = made_by
+                if to.id not in self.captured:
+                    self.objects.known[to.id] = found
+
+    def written(self, target: ast.expr) -> None:
+        """To x[...] or x.y, which others may have; and the instance was read as it was before."""
+        for part in ast.walk(target):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load):
+                self.uses.use(self.env.get(part.id, UNKNOWN), None)
+                held = target.value if isinstance(target, ast.Subscript) else None
+                if not isinstance(self.objects.of(held), dict):  # a cache, say
+                    self.hand_on(self.objects.of(part))
+
+    def assigned(self, to: ast.expr, what: ast.expr) -> Nodes:
+        """What made what is assigned. Another name of a layer is followed."""
+        follows = isinstance(to, ast.Name) and to.id not in self.captured
+        alias = follows and isinstance(self.objects.of(what), nn.Module)
+        return UNKNOWN if alias else self.value(what)
 
     def loop(self, s: ast.For | ast.While) -> None:
         items = self.objects.items(s.iter) if isinstance(s, ast.For) else []
-        if not items:
+        target = s.target if isinstance(s, ast.For) else None
+        if not items or len(items) > _LONGEST or not all(map(_is_name, _flat(target))):
+            self.lose(s)
             self.read(s.iter if isinstance(s, ast.For) else s.test)
+            self.ways(s.body, [])
+            self.lose(s)
+            self.block(s.orelse)
+            return
         jumps = any(isinstance(part, ast.Break | ast.Continue) for part in ast.walk(s))
-        for item in items[:_LONGEST] or [UNKNOWN_OBJECT, UNKNOWN_OBJECT]:
+        for item in items:
             if jumps:
-                self.forget(s)
-            if isinstance(s, ast.For):
-                self.forget(s.target)
-                self.objects.known |= bound(s.target, item)
-            self.ways(s.body) if items else self.ways(s.body, [])
+                self.lose(s)
+            self.turn(target, item)
+            self.block(s.body)
         if jumps:
-            self.forget(s)
+            self.lose(s)
         self.block(s.orelse)
+
+    def turn(self, target: Any, item: Any) -> None:
+        """Of a loop: the variables of ``target`` are what ``item`` is."""
+        self.forget(target)
+        if isinstance(target, ast.Tuple) and not isinstance(item, tuple):
+            self.hand_on(item)
+        for name, found in bound(target, item):
+            if name in self.captured:
+                self.hand_on(found)
+            else:
+                self.objects.known[name] = found
 
 
 def _captured(node: ast.FunctionDef) -> set[str]:
     """The variables that functions inside read."""
-    inner = [part for part in ast.walk(node) if isinstance(part, SCOPES) and part is not node]
+    later = (*SCOPES, ast.GeneratorExp)
+    inner = [part for part in ast.walk(node) if isinstance(part, later) and part is not node]
     return {
         name.id
         for scope in inner
@@ -341,6 +454,23 @@ def _bound_in(node: ast.AST) -> set[str]:
     parts = [*ast.walk(node)]
     names = {n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return names | {n.arg for n in parts if isinstance(n, ast.arg)}
+
+
+def _is_not_followed(part: ast.AST) -> bool:
+    name = part.attr if isinstance(part, ast.Attribute) else ""
+    private = name.startswith("__") and not name.endswith("__")
+    return private or isinstance(part, _NOT_FOLLOWED)
+
+
+def _flat(target: ast.expr | None) -> list[ast.expr | None]:
+    """The targets in it."""
+    if not isinstance(target, ast.Tuple):
+        return [target]
+    return [inner for part in target.elts for inner in _flat(part)]
+
+
+def _is_name(e: ast.expr | None) -> bool:
+    return isinstance(e, ast.Name)
 
 
 def _only_asks(e: ast.expr) -> bool:

@@ -61,9 +61,7 @@ class Objects:
             known = UNKNOWN if e.id in self.locals else self.globals.get(e.id, UNKNOWN)
             return self.known.get(e.id, known)
         if isinstance(e, ast.Attribute) and e.attr != "training":  # in either mode
-            inside = self.of(e.value)
-            own = isinstance(inside, nn.Module | ModuleType)
-            return getattr(inside, e.attr, None) if own else UNKNOWN
+            return self._attribute(self.of(e.value), e.attr)
         if isinstance(e, ast.Subscript):
             inside, index = self.of(e.value), self.of(e.slice)
             return self._item(inside, index)
@@ -80,6 +78,15 @@ class Objects:
                 return getattr(inside, name, None) if name is not UNKNOWN else self._any(inside)
         return UNKNOWN
 
+    def _attribute(self, inside: Any, name: str) -> Any:
+        if not isinstance(inside, nn.Module | ModuleType):
+            return UNKNOWN
+        found = getattr(inside, name, UNKNOWN)
+        computed = isinstance(getattr(type(inside), name, None), property)
+        if computed and isinstance(inside, nn.Module) and not isinstance(found, nn.Module):
+            self.any_of(inside)  # nobody knows what it was computed from
+        return found
+
     def _item(self, inside: Any, index: Any) -> Any:
         if not isinstance(inside, nn.ModuleList | nn.ModuleDict | nn.Sequential | list | tuple):
             return UNKNOWN
@@ -93,6 +100,12 @@ class Objects:
 
     def decide(self, test: ast.expr) -> bool | None:
         """What a test of the instance's attributes says."""
+        try:
+            return self._decide(test)
+        except Exception:  # of a comparison, or of Python's bool()
+            return None
+
+    def _decide(self, test: ast.expr) -> bool | None:
         if isinstance(test, ast.BoolOp):
             each = [self.decide(value) for value in test.values]
             decisive = isinstance(test.op, ast.Or)
@@ -109,26 +122,28 @@ class Objects:
         return bool(found) if _is_plain(found) else None
 
     def items(self, e: ast.expr) -> list[Any]:
-        """What a loop over layers runs over."""
+        """What a loop over layers runs over; nothing, if that cannot be told."""
         if isinstance(e, ast.Tuple | ast.List):
             return [
                 tuple(map(self.of, x.elts)) if isinstance(x, ast.Tuple) else self.of(x)
                 for x in e.elts
             ]
         if isinstance(e, ast.Call):
+            if any(keyword.arg != "strict" for keyword in e.keywords):
+                return []
             name = e.func.attr if isinstance(e.func, ast.Attribute) else getattr(e.func, "id", "")
             if name == "range":
                 limits = [*map(self.of, e.args)]
                 known = all(isinstance(limit, int) for limit in limits)
                 return [*range(*limits)] if known else []
-            if name in ("zip", "enumerate", "reversed"):
+            if name == "zip" or (name in ("enumerate", "reversed") and len(e.args) == 1):
                 each = [self.items(argument) for argument in e.args]
                 return [*{"zip": zip, "enumerate": enumerate, "reversed": reversed}[name](*each)]
             found = self.of(e.func.value) if isinstance(e.func, ast.Attribute) else None
-            if isinstance(found, nn.Module) and name in ("values", "children"):
-                return [*found._modules.values()]
-            if isinstance(found, nn.Module) and name in ("items", "named_children"):
-                return [*found._modules.items()]
+            if isinstance(found, nn.ModuleDict) and name in ("values", "items"):
+                return [*getattr(found, name)()]
+            if isinstance(found, nn.Module) and name in ("children", "named_children"):
+                return [*getattr(found, name)()]
             return []
         found = self.of(e)
         held = any(

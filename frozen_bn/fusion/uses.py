@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import activations
 from ..modules import _FrozenBatchNorm
+from .classes import only_holds
 from .kinds import is_convolution, is_sequential
 
 #: What can be asked of a convolution without using it.
@@ -63,6 +64,7 @@ class Uses:
         self.before: dict[Node, set[Node | None]] = {}
         self.reasons: dict[nn.Module, str] = {}  # why nothing is known of a layer
         self.called: set[nn.Module] = set()
+        self.runs = 0
 
     def use(self, made_by: Nodes, by: Node | None) -> None:
         for node in made_by - UNKNOWN:
@@ -73,9 +75,14 @@ class Uses:
     def hand_on(self, module: nn.Module) -> None:
         """To something that may call it, or what it holds, with anything, and do anything with what
         comes out."""
-        if type(module).forward is nn.Module.forward:  # a ModuleList, say
+        if only_holds(module) or is_sequential(type(module)):
             self.hand_on_all_of(module)
-        elif layers := [*parts(module)]:
+        else:
+            self.hand_on_the_whole(module)
+
+    def hand_on_the_whole(self, module: nn.Module) -> None:
+        """Likewise, to something that calls nothing in it by itself."""
+        if layers := [*parts(module)]:
             self.before.setdefault(layers[0], set()).add(None)
             self.use(frozenset({layers[-1]}), None)
 
