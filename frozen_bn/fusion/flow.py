@@ -306,11 +306,10 @@ class _Run:
         for name in {name for _, found in ends for name in found}:
             each = [found.get(name, UNKNOWN_OBJECT) for _, found in ends]
             known[name] = each[0]
-            if any(found is not each[0] for found in each):
-                known[name] = UNKNOWN_OBJECT
-                for found in each:
-                    if isinstance(found, ast.FunctionDef | nn.Module):
-                        self.hand_on(found)
+            if any(found is not each[0] for found in each):  # any of these
+                flat = [x for f in each for x in (f if isinstance(f, frozenset) else [f])]
+                several = [x for x in flat if isinstance(x, ast.FunctionDef | nn.Module)]
+                known[name] = frozenset(several) if several else UNKNOWN_OBJECT
 
     def statement(self, s: ast.stmt) -> None:
         if isinstance(s, ast.Assign) and len(s.targets) == 1:
