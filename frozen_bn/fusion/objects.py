@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 UNKNOWN: Any = object()
@@ -83,7 +84,8 @@ class Objects:
             return UNKNOWN
         found = getattr(inside, name, UNKNOWN)
         computed = isinstance(getattr(type(inside), name, None), property)
-        if computed and isinstance(inside, nn.Module) and not isinstance(found, nn.Module):
+        harmless = found is None or isinstance(found, nn.Module | int | str | torch.dtype)
+        if computed and isinstance(inside, nn.Module) and not harmless:
             self.any_of(inside)  # nobody knows what it was computed from
         return found
 
