@@ -6,6 +6,7 @@ import copy
 import warnings
 
 import torch
+from helpers import randomize_
 from torch import nn
 
 from frozen_bn import convert_frozen_bn, fold_for_inference, summary
@@ -48,10 +49,7 @@ def folded_layers(kind: type[nn.Module]) -> int:
     """How many layers were folded without an example input; the copy returns the same, and what was
     not folded is named."""
     torch.manual_seed(0)
-    net = kind().eval()
-    for bn in net.modules():
-        if isinstance(bn, nn.BatchNorm2d):
-            bn.running_mean.uniform_(-1, 1), bn.running_var.uniform_(0.5, 2)
+    net = randomize_(kind().eval())
     converted = convert_frozen_bn(copy.deepcopy(net))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import randomize_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -236,10 +237,7 @@ USES = [kind for kind in HERE if issubclass(kind, Net) and kind is not Net]
 
 @pytest.mark.parametrize("kind", USES, ids=lambda kind: kind.__name__)
 def test_a_layer_that_is_used_in_another_way_too(kind):
-    net = kind().eval()
-    for bn in net.modules():
-        if isinstance(bn, nn.BatchNorm2d):
-            bn.running_mean.uniform_(-1, 1), bn.running_var.uniform_(0.5, 2)
+    net = randomize_(kind().eval())
     x = torch.randn(1, 3, 4, 4)
     expected = net(x)
     converted = convert_frozen_bn(copy.deepcopy(net))

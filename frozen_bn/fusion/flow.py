@@ -17,7 +17,7 @@ from .. import activations
 from ..modules import _FrozenBatchNorm
 from .classes import made, only_holds, reasons
 from .kinds import is_sequential
-from .names import COMPREHENSIONS, SCOPES, outside
+from .names import COMPREHENSIONS, SCOPES, bound_in, outside
 from .objects import UNKNOWN as UNKNOWN_OBJECT
 from .objects import Objects, bound
 from .source import LeftAlone, tree
@@ -92,7 +92,7 @@ class _Run:
         if any(map(_is_not_followed, ast.walk(node))):
             raise LeftAlone("it has a statement that is not followed")
         names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
-        known = {n: found for n, found in (outer or {}).items() if n not in _bound_in(node)}
+        known = {n: found for n, found in (outer or {}).items() if n not in bound_in(node)}
         if outer is None:
             if not names:
                 raise LeftAlone("it names no self")
@@ -123,7 +123,7 @@ class _Run:
         """By what has variables of its own."""
         if isinstance(scope, ast.ListComp) and len(scope.generators) == 1 and self.turns(scope):
             return
-        env, known, own = self.env, self.objects.known, _bound_in(scope)
+        env, known, own = self.env, self.objects.known, bound_in(scope)
         later = isinstance(scope, (*SCOPES, ast.GeneratorExp))  # it runs when variables are others
         self.env = {} if later else {n: nodes for n, nodes in env.items() if n not in own}
         self.objects.known = known | dict.fromkeys(own, UNKNOWN_OBJECT)
@@ -134,8 +134,8 @@ class _Run:
     def turns(self, e: ast.ListComp) -> bool:
         """Follows it as what it is, a loop, if that can be done."""
         (generator,) = e.generators
-        items = self.objects.items(generator.iter)
-        if not items or not all(map(_is_name, _flat(generator.target))):
+        items = self.items(generator)
+        if not items:
             return False
         env, known = dict(self.env), dict(self.objects.known)
         for item in items:
@@ -346,7 +346,7 @@ class _Run:
             self.block(s.body)
             if not all(map(self.lets_exceptions_pass, s.items)):
                 self.lose(s)
-        elif isinstance(s, ast.FunctionDef) and not [*outside(s)]:
+        elif isinstance(s, ast.FunctionDef) and not outside(s):
             self.objects.known[s.name] = s
         else:
             self.read(s)
@@ -359,14 +359,14 @@ class _Run:
 
     def lose(self, node: ast.AST) -> None:
         """The variables that it assigns, nobody knows whether and how often; they may be read."""
-        for name in _bound_in(node):
+        for name in bound_in(node):
             self.uses.use(self.env.get(name, UNKNOWN), None)
             self.hand_on(self.objects.known.get(name))
         self.forget(node)
 
     def forget(self, node: ast.AST) -> None:
         """The variables that it assigns."""
-        for name in _bound_in(node):
+        for name in bound_in(node):
             self.env[name], self.objects.known[name] = UNKNOWN, UNKNOWN_OBJECT
         places = [p for p in ast.walk(node) if isinstance(p, ast.Attribute | ast.Subscript)]
         for place in places:
@@ -405,9 +405,8 @@ class _Run:
         return UNKNOWN if alias else self.value(what)
 
     def loop(self, s: ast.For | ast.While) -> None:
-        items = self.objects.items(s.iter) if isinstance(s, ast.For) else []
-        target = s.target if isinstance(s, ast.For) else None
-        if not items or len(items) > _LONGEST or not all(map(_is_name, _flat(target))):
+        items = self.items(s) if isinstance(s, ast.For) else []
+        if not items:
             self.lose(s)
             self.read(s.iter if isinstance(s, ast.For) else s.test)
             self.ways(s.body, [])
@@ -418,11 +417,17 @@ class _Run:
         for item in items:
             if jumps:
                 self.lose(s)
-            self.turn(target, item)
+            self.turn(s.target, item)  # type: ignore[union-attr]
             self.block(s.body)
         if jumps:
             self.lose(s)
         self.block(s.orelse)
+
+    def items(self, s: ast.For | ast.comprehension) -> list[Any]:
+        """What its variables are in each turn; nothing, if it is not followed turn by turn."""
+        items = self.objects.items(s.iter)
+        simple = all(isinstance(part, ast.Name) for part in _flat(s.target))
+        return items if simple and len(items) <= _LONGEST else []
 
     def turn(self, target: Any, item: Any) -> None:
         """Of a loop: the variables of ``target`` are what ``item`` is."""
@@ -444,15 +449,8 @@ def _captured(node: ast.FunctionDef) -> set[str]:
         name.id
         for scope in inner
         for name in ast.walk(scope)
-        if isinstance(name, ast.Name) and name.id not in _bound_in(scope)
+        if isinstance(name, ast.Name) and name.id not in bound_in(scope)
     }
-
-
-def _bound_in(node: ast.AST) -> set[str]:
-    """The names that it binds, in it or behind it."""
-    parts = [*ast.walk(node)]
-    names = {n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return names | {n.arg for n in parts if isinstance(n, ast.arg)}
 
 
 def _is_not_followed(part: ast.AST) -> bool:
@@ -461,15 +459,11 @@ def _is_not_followed(part: ast.AST) -> bool:
     return private or isinstance(part, _NOT_FOLLOWED)
 
 
-def _flat(target: ast.expr | None) -> list[ast.expr | None]:
+def _flat(target: ast.expr) -> list[ast.expr]:
     """The targets in it."""
     if not isinstance(target, ast.Tuple):
         return [target]
     return [inner for part in target.elts for inner in _flat(part)]
-
-
-def _is_name(e: ast.expr | None) -> bool:
-    return isinstance(e, ast.Name)
 
 
 def _only_asks(e: ast.expr) -> bool:

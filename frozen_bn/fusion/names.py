@@ -70,6 +70,13 @@ def position(node: ast.AST) -> tuple[int, int]:
     return node.lineno, node.col_offset  # type: ignore[attr-defined]
 
 
+def bound_in(node: ast.AST) -> set[str]:
+    """The names that it binds, in it or behind it."""
+    parts = [*ast.walk(node)]
+    names = {n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names | {n.arg for n in parts if isinstance(n, ast.arg)}
+
+
 def is_pure(e: ast.AST) -> bool:
     """Whether evaluating it changes nothing. (Looking up attributes and items does not.)"""
     return all(isinstance(part, _PURE) for part in ast.walk(e))

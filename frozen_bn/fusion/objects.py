@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .names import bound_in
+
 UNKNOWN: Any = object()
 _HELD = (dict, list, tuple, set, frozenset)
 _COMPARISONS: dict[type[ast.cmpop], tuple[Callable[[Any, Any], Any], tuple[type, ...]]] = {
@@ -40,13 +42,7 @@ class Objects:
         any_of: Callable[[nn.Module], None],
     ) -> None:
         self.globals, self.known, self.any_of = globals, known, any_of
-        parts = [*ast.walk(node)]
-        self.locals = {part.arg for part in parts if isinstance(part, ast.arg)}
-        self.locals |= {
-            part.id
-            for part in parts
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-        }
+        self.locals = bound_in(node)
 
     def of(self, e: ast.expr | None) -> Any:
         """What ``e`` is, if that can be told: a constant, or an attribute of the instance."""
